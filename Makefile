@@ -1,0 +1,45 @@
+# Every target sets up what it needs: on a machine with Python, make and a network, `make serve` and `make test` are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?=
+ARGS ?=
+
+.PHONY: help install serve test check format bench clean
+
+help:
+	@echo "make serve [MODEL=path] [ARGS='--port 8000']   start the server"
+	@echo "make test [ARGS='-k name']                     run all tests"
+	@echo "make check                                     lint, format, types"
+	@echo "make bench                                     measure; last line is one JSON object"
+
+$(BIN)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sostenuto needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(BIN)/.installed
+
+serve: install
+	$(BIN)/sostenuto serve $(MODEL) $(ARGS)
+
+test: install
+	@deploy/ensure_services.sh redis-server prometheus
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Models: one forward pass a generation, over packed tokens and a pool of states."""

@@ -1,0 +1,1 @@
+"""The device: a step plan in, a step output out."""

@@ -1,0 +1,82 @@
+"""One step of the engine as data: what the scheduler asks of a model runner, and what comes back. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.messages import SamplingParams, TokenLogprobs
+from engine.state.spec import RecurrentState, StateSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens one slot consumes in this step. A decode is a chunk of length one."""
+
+    slot: int
+    token_ids: Sequence[int]
+    sampling: SamplingParams | None = None  # sample a token after the last one
+    position: int = 0  # tokens in the history before the sampled one; with the seed, it keys the random number
+    num_prompt_logprobs: int | None = None  # report log-probabilities of `target_ids`
+    target_ids: Sequence[int | None] | None = None  # what follows each of `token_ids`; None: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything one step runs; at most one chunk a slot."""
+
+    chunks: Sequence[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens consumed by the step."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOutput:
+    """What one chunk brought, in the plan's order."""
+
+    token_id: int | None = None  # sampled, if asked for
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # one per target
+    failed: str | None = None  # the row became NaN or infinite; its state must not be used again
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step brought; `chunks` matches the plan's."""
+
+    chunks: Sequence[ChunkOutput]
+
+
+class ModelRunner(Protocol):
+    """The device, seen from the scheduler: numbered slots that hold states, and steps that advance them.
+
+    Called from the engine's one thread.
+    """
+
+    spec: StateSpec
+    num_slots: int
+    vocab_size: int
+
+    def step(self, plan: StepPlan) -> StepOutput:
+        """Consume every chunk, advance its slot in place, sample where asked."""
+        ...
+
+    def start(self, slot: int) -> None:
+        """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
+        ...
+
+    def load(self, slot: int, state: RecurrentState) -> None:
+        """As `start`, from `state`."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target`'s state equal to `source`'s."""
+        ...
+
+    def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
+        """Return the slot's state in host memory; the slot may be reused at once."""
+        ...

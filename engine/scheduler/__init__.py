@@ -1,0 +1,1 @@
+"""Who runs in the next step, and what becomes of a sequence. Knows no tensors."""

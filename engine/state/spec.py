@@ -1,0 +1,59 @@
+"""The shape of a model's recurrent state, and one such state outside the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.messages import CheckpointRef, StateSource
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a state, without the slot dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """What a state of one model is made of. Two states fit each other only if their specs are equal."""
+
+    fingerprint: str  # of the weights that produced it, hex
+    generation: str  # "7"
+    layout: str  # orientation of the matrices, e.g. "value_key"
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one state."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentState:
+    """The state that has consumed exactly the `num_tokens` tokens behind `chain`.
+
+    Lives in host memory and never changes once made.
+    """
+
+    num_tokens: int
+    chain: bytes
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors' data."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def matches(self, wanted: StateSource | CheckpointRef) -> bool:
+        """Say whether this is the state that `wanted` names."""
+        return (self.num_tokens, self.chain) == (wanted.num_tokens, wanted.chain)

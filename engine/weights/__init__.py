@@ -1,0 +1,1 @@
+"""Weights: from an official checkpoint file to named, checked, prepared tensors."""

@@ -1,0 +1,1 @@
+"""The mathematics of each operator on tensors: one documented reference and its fast twins. Imports torch only."""

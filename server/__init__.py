@@ -1,0 +1,1 @@
+"""HTTP and conversations. Imports neither torch nor anything of the engine that does."""

@@ -1,0 +1,1 @@
+"""HTTP endpoints, one family a file."""

@@ -1,0 +1,5 @@
+"""The `sostenuto` command."""
+
+
+def main() -> None:
+    """Run the command line."""

@@ -1,0 +1,1 @@
+"""Conversations: the turn protocol and the ledger it rests on."""

@@ -1,0 +1,1 @@
+"""Chat templates as data, and how messages are rendered with them."""

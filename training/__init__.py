@@ -1,0 +1,1 @@
+"""How weights come to be. Nothing that serves imports this."""
