@@ -1,1 +1,183 @@
-"""The mathematics of each operator on tensors: one documented reference and its fast twins. Imports torch only."""
+"""The operators of a recurrent language model: tensors in, tensors out, states advanced in place by slot.
+
+Every operator is a `torch.library` operator in the namespace `sostenuto`, chosen by PyTorch's dispatcher: the plain
+PyTorch implementation (`kernels.eager`) is registered for every device, and a faster twin for one device key replaces
+it there. This package imports torch and nothing of ours. Dimension letters, layouts, dtypes and tolerances, and how to
+add an operator: `kernels/README.md`.
+
+Conventions shared by all operators that touch states:
+
+- `T` tokens of `B` sequences lie packed, one sequence after the other; `starts[B + 1]` (int64) are the offsets,
+  strictly rising, so no sequence is empty; `slots[B]` (int64) says which row of the pool each sequence owns. Slots of
+  one call are unique, except that padding rows may share the scratch slot. A decode step is `T == B`.
+- states are float32 views of the pool: contiguous inside a slot's layer, any stride from slot to slot.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from kernels import eager
+
+Activation = Literal["none", "tanh", "sigmoid"]
+
+_library = torch.library.Library("sostenuto", "DEF")  # type: ignore[no-untyped-call]
+
+_SCHEMAS = {
+    "pack_linear": "(Tensor weight) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, int out_features) -> Tensor",
+    "low_rank": "(Tensor x, Tensor down, Tensor up, int rank, Tensor? bias, str activation, str output_activation, "
+    "int out_features, ScalarType dtype) -> Tensor",
+    "relu_squared": "(Tensor x) -> Tensor",
+    "shift_mix": "(Tensor x, Tensor ln_weight, Tensor ln_bias, float eps, Tensor(a!) shift, Tensor mix, Tensor slots, "
+    "Tensor starts, ScalarType dtype) -> Tensor",
+    "wkv7": "(Tensor r, Tensor k, Tensor v, Tensor decay, Tensor a, Tensor gate, Tensor? v_first, Tensor? value_mix, "
+    "Tensor k_k, Tensor k_a, Tensor r_k, Tensor ln_weight, Tensor ln_bias, float eps, Tensor(a!) state, Tensor slots, "
+    "Tensor starts) -> Tensor",
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
+    # The alias key stands behind every device's own key: a backend that registers for CPU or CUDA wins there.
+    _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+_ops = torch.ops.sostenuto
+
+
+class Linear:
+    """A weight matrix `[out, in]`, packed once for the device it lies on; called with rows.
+
+    `x[T, in] -> [T, out]` in `x`'s dtype; the product is computed in the weight's dtype with float32 accumulation.
+    """
+
+    __slots__ = ("in_features", "out_features", "packed")
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.packed: torch.Tensor = _ops.pack_linear.default(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x @ weight.T`."""
+        result: torch.Tensor = _ops.linear.default(x, self.packed, self.out_features)
+        return result
+
+
+class LowRank:
+    """`output_activation(activation(x @ down.T) @ up.T + bias)`: how RWKV-7 computes decays, rates, mixes and gates.
+
+    `down[D, C]`, `up[C, D]` (so official `w1`, `w2` transposed), `bias[C]` float32 or None. The products are computed
+    in the weights' dtype, everything after them in float32; the result has `dtype`. Decays keep float32 weights and
+    result, because 16 bits cannot tell a decay near 1 from 1.
+    """
+
+    __slots__ = ("activation", "bias", "down", "dtype", "out_features", "output_activation", "rank", "up")
+
+    def __init__(
+        self,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        activation: Activation = "none",
+        output_activation: Activation = "none",
+    ) -> None:
+        self.out_features, self.rank = up.shape
+        self.down: torch.Tensor = _ops.pack_linear.default(down)
+        self.up: torch.Tensor = _ops.pack_linear.default(up)
+        self.bias = bias
+        self.dtype = dtype
+        self.activation = activation
+        self.output_activation = output_activation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[T, C]` for `x[T, C]`."""
+        result: torch.Tensor = _ops.low_rank.default(
+            x,
+            self.down,
+            self.up,
+            self.rank,
+            self.bias,
+            self.activation,
+            self.output_activation,
+            self.out_features,
+            self.dtype,
+        )
+        return result
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """Return `max(x, 0) ** 2`, the activation of channel mixing."""
+    result: torch.Tensor = _ops.relu_squared.default(x)
+    return result
+
+
+def shift_mix(
+    x: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    shift: torch.Tensor,
+    mix: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Layer norm, token shift and the mixes of a block in one: `out[m] = h + (previous h - h) * mix[m]`.
+
+    `x[T, C]` float32 is the residual stream and `h = LayerNorm(x)`. The `h` before a sequence's first comes from its
+    row of `shift[S, C]`, which afterwards holds the sequence's last `h`. `mix[M, C]`, `ln_weight[C]`, `ln_bias[C]` are
+    float32. Returns `[M, T, C]` of `dtype`.
+    """
+    result: torch.Tensor = _ops.shift_mix.default(x, ln_weight, ln_bias, eps, shift, mix, slots, starts, dtype)
+    return result
+
+
+def wkv7(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    a: torch.Tensor,
+    gate: torch.Tensor,
+    v_first: torch.Tensor | None,
+    value_mix: torch.Tensor | None,
+    k_k: torch.Tensor,
+    k_a: torch.Tensor,
+    r_k: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+) -> torch.Tensor:
+    """RWKV-7's time mixing between its projections: the state's update and read-out, group norm, bonus and gate.
+
+    `r, k, v, gate, a [T, C]` of one dtype, `a` after its sigmoid; `decay[T, C]` float32 is the raw `dw`
+    (`w = exp(-exp(-0.5) * sigmoid(dw))`). `v_first` and `value_mix` `[T, C]` are given from the second layer on:
+    `v` becomes `v + (v_first - v) * value_mix` first. `k_k[C]`, `k_a[C]`, `r_k[H, N]` and the group norm's
+    `ln_weight[C]`, `ln_bias[C]` are float32. `state[S, H, N(value), N(key)]` float32 is advanced in place.
+    Returns `y * gate`, `[T, C]` of `gate`'s dtype; everything inside is float32.
+    """
+    result: torch.Tensor = _ops.wkv7.default(
+        r,
+        k,
+        v,
+        decay,
+        a,
+        gate,
+        v_first,
+        value_mix,
+        k_k,
+        k_a,
+        r_k,
+        ln_weight,
+        ln_bias,
+        eps,
+        state,
+        slots,
+        starts,
+    )
+    return result
