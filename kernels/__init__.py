@@ -46,6 +46,14 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.sostenuto
 
 
+def select_backend(device: torch.device) -> str:
+    """Register the fastest implementations that this machine has for `device`, and return their name.
+
+    Called once, before weights are packed, by whoever owns the device: importing this package builds nothing.
+    """
+    return "pytorch"
+
+
 class Linear:
     """A weight matrix `[out, in]`, packed once for the device it lies on; called with rows.
 

@@ -20,6 +20,7 @@ class Chunk:
     position: int = 0  # tokens in the history before the sampled one; with the seed, it keys the random number
     num_prompt_logprobs: int | None = None  # report log-probabilities of `target_ids`
     target_ids: Sequence[int | None] | None = None  # what follows each of `token_ids`; None: skip
+    num_replayed: int = 0  # so many of `token_ids` are history from before the request: penalties don't see them
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,184 @@
+"""The model runner on PyTorch: slots that hold states, and steps that advance them.
+
+Knows a model, a pool and a sampler; not why a chunk is asked for. Everything here runs on the engine's one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+import kernels
+from engine.config import EngineConfig
+from engine.messages import SamplingParams, TokenLogprobs
+from engine.models.load import load_model
+from engine.models.rwkv7 import RWKV7
+from engine.runner.input_batch import InputBatch, targets_of
+from engine.runner.logprobs import report_logprobs
+from engine.runner.penalties import PenaltyCounters
+from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
+from engine.runner.sampler import restrict, sample
+from engine.state.pool import StatePool
+from engine.state.spec import RecurrentState
+
+# Prompt log-probabilities are reduced in tiles of rows whose logits take about so much: never T x V.
+LOGITS_TILE_BYTES = 16 << 20
+
+_BROKEN = "the row became NaN or infinite"
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `name` means; `auto` is CUDA where there is a card."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[int]]) -> TorchModelRunner:
+    """Return a runner for the model of `config`, with two slots for each of its sequences.
+
+    `forbidden_ids` is asked for the ids without bytes once the model, and with it the vocabulary's size, is known.
+    Raises `ModelFileError`.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device)
+    kernels.select_backend(device)
+    model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
+    return TorchModelRunner(model, 2 * config.max_num_seqs, forbidden_ids(model))
+
+
+class TorchModelRunner:
+    """Implements `engine.runner.plan.ModelRunner`.
+
+    `num_slots` are the caller's to use: one for each running sequence, and as many for snapshots. The pool has one
+    more, for padding. Rows fail alone: a chunk with an impossible token id is not run, a chunk whose row became NaN or
+    infinite is reported, and neither touches its neighbours.
+    """
+
+    def __init__(self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = ()) -> None:
+        self.model = model
+        self.spec = model.config.state_spec
+        self.num_slots = num_slots
+        self.vocab_size = model.config.vocab_size
+        self.pool = StatePool(self.spec, num_slots, model.device)
+        self._penalties = PenaltyCounters(num_slots, self.vocab_size, model.device)
+        self._forbidden_ids = torch.tensor(sorted(forbidden_ids), dtype=torch.int64, device=model.device)
+
+    def start(self, slot: int) -> None:
+        """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
+        self.pool.clear(slot)
+        self._penalties.reset(slot)
+
+    def load(self, slot: int, state: RecurrentState) -> None:
+        """As `start`, from `state`."""
+        self.pool.load(slot, state)
+        self._penalties.reset(slot)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target`'s state equal to `source`'s; penalty counters stay with their slots."""
+        self.pool.copy(source, target)
+
+    def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
+        """Return the slot's state in host memory; the slot may be reused at once."""
+        return self.pool.save(slot, num_tokens, chain)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepOutput:
+        """Consume every chunk, advance its slot in place, sample where asked."""
+        self._check_slots(plan)
+        problems = [self._problem(chunk) for chunk in plan.chunks]
+        sound = [chunk for chunk, problem in zip(plan.chunks, problems, strict=True) if problem is None]
+        outputs = iter(self._run(sound) if sound else [])
+        return StepOutput([next(outputs) if p is None else ChunkOutput(failed=p) for p in problems])
+
+    def _check_slots(self, plan: StepPlan) -> None:
+        slots = [chunk.slot for chunk in plan.chunks]
+        if len(set(slots)) != len(slots) or not all(0 <= slot < self.num_slots for slot in slots):
+            raise ValueError(f"a step needs distinct slots in [0, {self.num_slots}), not {slots}")
+        if not all(chunk.token_ids for chunk in plan.chunks):
+            raise ValueError("a chunk without tokens has no last row")
+
+    def _problem(self, chunk: Chunk) -> str | None:
+        """Say why the chunk cannot be run, if it cannot."""
+        ids = [*chunk.token_ids, *(target for _, target in targets_of(chunk))]
+        ids += chunk.sampling.logit_bias if chunk.sampling else ()
+        bad = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
+        return None if bad is None else f"token id {bad} is not in [0, {self.vocab_size})"
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[ChunkOutput]:
+        batch = InputBatch.from_chunks(chunks, self.model.device)
+        hidden = self.model.forward(batch, self.pool)
+        for chunk in chunks:
+            self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
+        last, of_targets = hidden[: len(chunks)], hidden[len(chunks) :]
+        prompt_logprobs = self._prompt_logprobs(of_targets, chunks)
+        # A state that is not finite makes its row so: whatever went wrong in a chunk shows in its last row.
+        is_finite = torch.isfinite(last).all(dim=-1).tolist()
+        sampled = self._sample(last, chunks, is_finite)
+        outputs = []
+        for i in range(len(chunks)):
+            token_id, logprobs = sampled.get(i, (None, None))
+            outputs.append(
+                ChunkOutput(token_id, logprobs, prompt_logprobs[i]) if is_finite[i] else ChunkOutput(failed=_BROKEN)
+            )
+        return outputs
+
+    def _sample(
+        self, last: torch.Tensor, chunks: Sequence[Chunk], is_finite: list[bool]
+    ) -> dict[int, tuple[int, TokenLogprobs | None]]:
+        """Return (token id, log-probabilities) of the chunks that asked; clears `is_finite` where logits are not."""
+        asked = [(i, c.slot, c.sampling, c.position) for i, c in enumerate(chunks) if c.sampling and is_finite[i]]
+        if not asked:
+            return {}
+        logits = self.model.logits(last[[i for i, *_ in asked]])
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+        if not all(finite):
+            for (i, *_), good in zip(asked, finite, strict=True):
+                is_finite[i] = good
+            keep = [n for n, good in enumerate(finite) if good]
+            asked, logits = [asked[n] for n in keep], logits[keep]
+            if not asked:
+                return {}
+        rows, slots, params, positions = (list(column) for column in zip(*asked, strict=True))
+        raw = logits.clone() if any(p.num_logprobs is not None for p in params) else logits
+        restrict(logits, params, self._forbidden_ids)
+        self._penalties.apply(logits, slots, params)
+        token_ids = sample(logits, params, positions)
+        self._penalties.generate(slots, token_ids, params)
+        reported = self._sampled_logprobs(raw, token_ids, params)
+        return dict(zip(rows, zip(token_ids, reported, strict=True), strict=True))
+
+    def _sampled_logprobs(
+        self, logits: torch.Tensor, token_ids: list[int], params: Sequence[SamplingParams]
+    ) -> list[TokenLogprobs | None]:
+        reported: list[TokenLogprobs | None] = [None] * len(token_ids)
+        asked = [(n, p.num_logprobs) for n, p in enumerate(params) if p.num_logprobs is not None]
+        if asked:
+            rows, nums_top = [n for n, _ in asked], [num for _, num in asked]
+            found = report_logprobs(logits[rows], [token_ids[n] for n in rows], nums_top, self._forbidden_ids)
+            for n, logprobs in zip(rows, found, strict=True):
+                reported[n] = logprobs
+        return reported
+
+    def _prompt_logprobs(
+        self, hidden: torch.Tensor, chunks: Sequence[Chunk]
+    ) -> list[list[TokenLogprobs | None] | None]:
+        """Return what each chunk asked about its targets; `hidden[R, C]` are the rows before them, in order."""
+        asked = [(target, chunk.num_prompt_logprobs or 0) for chunk in chunks for _, target in targets_of(chunk)]
+        found = self._target_logprobs(hidden, asked)
+        reported: list[list[TokenLogprobs | None] | None] = []
+        for chunk in chunks:
+            if chunk.num_prompt_logprobs is None or chunk.target_ids is None:
+                reported.append(None)
+            else:
+                reported.append([None if target is None else next(found) for target in chunk.target_ids])
+        return reported
+
+    def _target_logprobs(self, hidden: torch.Tensor, asked: list[tuple[int, int]]) -> Iterator[TokenLogprobs]:
+        tile = max(1, LOGITS_TILE_BYTES // (4 * self.vocab_size))
+        for begin in range(0, len(asked), tile):
+            target_ids, nums_top = zip(*asked[begin : begin + tile], strict=True)
+            logits = self.model.logits(hidden[begin : begin + tile])
+            yield from report_logprobs(logits, target_ids, nums_top, self._forbidden_ids)

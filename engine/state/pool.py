@@ -1,0 +1,54 @@
+"""The device's memory for states: numbered slots in one preallocated tensor. Knows nothing of who owns a slot."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.state.spec import RecurrentState, StateSpec
+
+
+class StatePool:
+    """States on a device, slot-major: one state is one contiguous row, so saving one is one copy.
+
+    Slots `[0, num_slots)` belong to the scheduler. One more row, `scratch_slot`, takes what padding rows write; its
+    content means nothing. Used from the engine's one thread.
+    """
+
+    def __init__(self, spec: StateSpec, num_slots: int, device: torch.device) -> None:
+        if any(tensor.dtype != torch.float32 for tensor in spec.tensors):
+            raise ValueError("the pool keeps float32 states")
+        self.spec = spec
+        self.num_slots = num_slots
+        self.scratch_slot = num_slots
+        self._data = torch.zeros(num_slots + 1, spec.num_bytes // 4, device=device)  # [S, P]
+        views = split_state(self._data, spec)
+        self.wkv = views["wkv"]  # [S, L, H, N(value), N(key)]
+        self.shift = views["shift"]  # [S, L, 2, C]; 0: before time mixing, 1: before channel mixing
+
+    def clear(self, slot: int) -> None:
+        """Give the slot the zero state: nothing consumed yet."""
+        self._data[slot].zero_()
+
+    def load(self, slot: int, state: RecurrentState) -> None:
+        """Give the slot a state that lay in host memory; raises `ValueError` if it does not fit, before any write."""
+        expected = {tensor.name: (torch.Size(tensor.shape), tensor.dtype) for tensor in self.spec.tensors}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in state.tensors.items()} != expected:
+            raise ValueError("the state's tensors are not those of this pool")
+        for name, view in split_state(self._data[slot], self.spec).items():
+            view.copy_(state.tensors[name])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` equal to `source`, on the device."""
+        self._data[target].copy_(self._data[source])
+
+    def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
+        """Return a copy of the slot's state in host memory; the slot may be reused at once."""
+        row = self._data[slot].to("cpu", copy=True)
+        return RecurrentState(num_tokens, chain, split_state(row, self.spec))
+
+
+def split_state(data: torch.Tensor, spec: StateSpec) -> dict[str, torch.Tensor]:
+    """Return views `[..., *shape]` of `data[..., P]`, in the order of the spec's tensors."""
+    sizes = [torch.Size(tensor.shape).numel() for tensor in spec.tensors]
+    parts = torch.split(data, sizes, dim=-1)
+    return {t.name: part.view(*part.shape[:-1], *t.shape) for t, part in zip(spec.tensors, parts, strict=True)}
