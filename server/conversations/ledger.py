@@ -156,9 +156,10 @@ class Ledger(Protocol):
         ...
 
     async def commit(self, lease: Lease, turn: Turn) -> None:
-        """Append `turn` if the lease is current and the head is at `turn.version - 1`; renews the time to live.
+        """Append `turn` if the lease is current and the head is at `turn.version - 1`, and end the lease, in one step.
 
-        Raises `LeaseLost` or `VersionConflict`, and then nothing was written. Keeps the lease.
+        Renews the time to live. Raises `LeaseLost` or `VersionConflict`, and then nothing was written. A turn that is
+        already there with the same `request_id` counts as committed: a commit whose reply was lost may be sent again.
         """
         ...
 
