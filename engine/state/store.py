@@ -7,12 +7,29 @@ What a blob means is `engine.state.checkpoint`'s business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
+from engine.errors import CheckpointRejected
+
+CHECKPOINT_ID = re.compile("[0-9a-f]{32}")
+
+
+def require_checkpoint_id(checkpoint_id: str) -> None:
+    """Raise `CheckpointRejected` unless this is 128 bits in hex, the only kind of name that reaches a store.
+
+    Names come out of the ledger: a damaged one must not become a path or a key.
+    """
+    if CHECKPOINT_ID.fullmatch(checkpoint_id) is None:
+        raise CheckpointRejected("id", f"no checkpoint has the name {checkpoint_id[:64]!r}")
+
 
 class StateStore(Protocol):
-    """A store of checkpoints. Thread-safe. Implementations: memory, files, Redis."""
+    """A store of checkpoints. Thread-safe. Implementations: memory, files, Redis.
+
+    Every method that takes a name raises `CheckpointRejected` for what `require_checkpoint_id` refuses.
+    """
 
     tier: str  # memory | file | redis: a metric label
 

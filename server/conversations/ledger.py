@@ -11,6 +11,7 @@ LedgerError
 ├── ConversationBusy         another turn holds the lease; says for how long at most
 ├── VersionConflict          the conversation is not at the version the turn was built on
 ├── LeaseLost                the lease ended or was taken over: fenced, nothing was written
+├── LedgerCorrupt            a record is not what was asked for; nothing is continued from it
 └── LedgerUnavailable        the store did not answer, or refused to write
 """
 
@@ -111,12 +112,16 @@ class LeaseLost(LedgerError):
     """The lease ended or was taken over; nothing was written."""
 
 
+class LedgerCorrupt(LedgerError):
+    """A record is unreadable, belongs to another conversation, or does not fit its head. Never continued from."""
+
+
 class LedgerUnavailable(LedgerError):
     """The store did not answer in time, or refused to write."""
 
 
 class Ledger(Protocol):
-    """Where conversations live. All methods may raise `LedgerUnavailable`."""
+    """Where conversations live. All methods may raise `LedgerUnavailable` and `LedgerCorrupt`."""
 
     durability: Durability  # of a commit that returned
 
@@ -156,9 +161,10 @@ class Ledger(Protocol):
         ...
 
     async def commit(self, lease: Lease, turn: Turn) -> None:
-        """Append `turn` if the lease is current and the head is at `turn.version - 1`; renews the time to live.
+        """Append `turn` if the lease is current and the head is at `turn.version - 1`, and end the lease, in one step.
 
-        Raises `LeaseLost` or `VersionConflict`, and then nothing was written. Keeps the lease.
+        Renews the time to live. Raises `LeaseLost` or `VersionConflict`, and then nothing was written. A turn that is
+        already there with the same `request_id` counts as committed: a commit whose reply was lost may be sent again.
         """
         ...
 

@@ -1,1 +1,19 @@
-"""Chat templates as data, and how messages are rendered with them."""
+"""Chat templates as data, how messages are rendered with them, and how the answers are read."""
+
+from server.templates.answer import AnswerReader, AnswerText
+from server.templates.builtin import BUILTIN
+from server.templates.choice import choose
+from server.templates.template import Message, Opening, RenderedPrompt, Template, TemplateError, render
+
+__all__ = [
+    "BUILTIN",
+    "AnswerReader",
+    "AnswerText",
+    "Message",
+    "Opening",
+    "RenderedPrompt",
+    "Template",
+    "TemplateError",
+    "choose",
+    "render",
+]

@@ -1,0 +1,28 @@
+"""Ids to text while they arrive: a character is said when it is whole, and only then."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from engine.tokenizer.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one growing sequence of token ids.
+
+    What `push` returned so far, followed by `flush`, is what `Tokenizer.decode` makes of all the ids, however they
+    were cut. Knows nothing of stop strings: the engine delivers no token that could still become part of one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Return the text that `token_ids` complete; the beginning of a character waits for its end."""
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
+
+    def flush(self) -> str:
+        """Return what is left when no more ids come: U+FFFD if a character was never completed, else nothing."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,57 @@
+"""`make bench`: what the engine does on this machine with a model of the 0.1B shape. The last line is one JSON object.
+
+The checkpoint is generated (12 layers of width 768, vocabulary 65,536, random weights in bfloat16): speed does not
+depend on the values. Sections measured against each other are interleaved in rounds and reported as medians, because
+machines are shared. Everything runs through the engine as the server uses it: scheduler, messages, sampling, state
+store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks.engine_bench import EngineBench, Settings
+from tests.benchmarks.synthetic_model import ensure_model
+
+
+def main() -> None:
+    """Measure, print a table, print one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/bench"), help="where the generated checkpoint is kept"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="engine threads; 0: PyTorch's choice")
+    parser.add_argument("--quick", action="store_true", help="short contexts and few rounds: to see that it works")
+    options = parser.parse_args()
+    settings = Settings.quick() if options.quick else Settings()
+    model = ensure_model(options.cache)
+    with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
+        started_at = time.perf_counter()
+        results = asyncio.run(EngineBench(model, Path(directory), options.threads, settings).run())
+        results["bench_seconds"] = round(time.perf_counter() - started_at, 1)
+    print_table(results)
+    print(json.dumps(results))
+
+
+def print_table(results: dict[str, object]) -> None:
+    """Print every figure on a line of its own."""
+    for name, value in results.items():
+        rows = value if isinstance(value, dict) else {"": value}
+        for key, figure in rows.items():
+            print(f"{name:32} {key:>10} {json.dumps(figure)}")
+
+
+def median(values: list[float]) -> float:
+    """Return the median; noise on a shared machine is one-sided."""
+    return statistics.median(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
