@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.weights.synthetic import save_synthetic
 from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,12 @@ def shared_dir() -> Path:
         if (parent / "shared" / "models").is_dir():
             return parent / "shared"
     pytest.skip("no shared/models beside the checkout: comparisons with published logits need it")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random RWKV-7 model over bytes, three layers with four heads each, in float32."""
+    return save_synthetic(tmp_path_factory.mktemp("model") / "tiny.safetensors", dtype=torch.float32)
 
 
 @pytest.fixture
