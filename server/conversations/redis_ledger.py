@@ -157,15 +157,20 @@ class RedisLedger:
         return records.decode_turns(log, _decode_living_head(fields, conversation_id, time), after_version)
 
     async def _scan_expired(self, cursor: int) -> tuple[int, list[str]]:
-        """Return where to go on and the expired conversations of one page of the keys, in no order, maybe twice."""
+        """Return where to go on, and which conversations of one page of the keys are past their time to live."""
         cursor, keys = await self._redis.scan(cursor, match="rk:{*}:m", count=SWEEP_PAGE)
         async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.time()
             for key in keys:
                 pipeline.hget(key, "expires_at")
-            time, *expiries = await pipeline.execute()
-        expired = [key for key, expiry in zip(keys, expiries, strict=True) if 0 < int(expiry or 0) <= _now_ms(time)]
-        return cursor, [_conversation_id(key) for key in expired]
+            time, *expiries = await pipeline.execute(raise_on_error=False)
+        expired_ids = [
+            _conversation_id(key)
+            for key, expiry in zip(keys, expiries, strict=True)
+            # What is no time is damaged, and whoever asks for that conversation is told so.
+            if isinstance(expiry, bytes) and expiry.isdigit() and 0 < int(expiry) <= _now_ms(time)
+        ]
+        return cursor, expired_ids
 
     # -- leases -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +308,7 @@ def _decode_living_head(fields: Mapping[bytes, bytes], conversation_id: str, tim
     if not fields:
         raise ConversationNotFound(f"there is no conversation {conversation_id!r}")
     try:
-        is_expired = int(fields[b"expires_at"]) <= _now_ms(time)
+        is_expired = max(int(fields[b"expires_at"]), int(fields.get(b"lease_until", 0))) <= _now_ms(time)
     except (KeyError, ValueError) as error:
         raise LedgerCorrupt(f"the head of conversation {conversation_id!r} is damaged: {error!r}") from error
     if is_expired:
