@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine import errors as engine
+from server import templates
 from server.conversations import ledger, turns
 
 
@@ -104,6 +105,7 @@ class Rule:
     message: str | None = None
     param: str | None = None
     retry_after_seconds: int | None = None
+    closes_connection: bool = False
     refine: Callable[[Exception, Answer], Answer] | None = None
 
 
@@ -116,6 +118,12 @@ def _with_field(error: Exception, answer: Answer) -> Answer:
 def _with_engine_field(error: Exception, answer: Answer) -> Answer:
     assert isinstance(error, engine.InvalidRequest)
     detail = msgspec.structs.replace(answer.body.error, param=ENGINE_FIELDS.get(error.field, error.field))
+    return Answer(answer.status, ErrorBody(detail), answer.headers)
+
+
+def _with_template_field(error: Exception, answer: Answer) -> Answer:
+    assert isinstance(error, templates.TemplateError)
+    detail = msgspec.structs.replace(answer.body.error, param=error.field)
     return Answer(answer.status, ErrorBody(detail), answer.headers)
 
 
@@ -150,6 +158,7 @@ REQUEST, AUTH, CONFLICT, SERVER, OVERLOAD = (
 ANSWERS: dict[type[Exception], Rule] = {
     BadRequest: Rule(400, REQUEST, "invalid_value", refine=_with_field),
     engine.InvalidRequest: Rule(400, REQUEST, "invalid_value", refine=_with_engine_field),
+    templates.TemplateError: Rule(400, REQUEST, "invalid_value", refine=_with_template_field),
     Unauthorized: Rule(401, AUTH, "invalid_api_key", "Send the server's API key as a bearer token."),
     UnknownModel: Rule(404, REQUEST, "model_not_found", "This server has no such model.", "model"),
     ledger.ConversationNotFound: Rule(
@@ -158,7 +167,9 @@ ANSWERS: dict[type[Exception], Rule] = {
     ledger.ConversationExpired: Rule(
         410, REQUEST, "conversation_expired", "The conversation was deleted or has expired.", "conversation"
     ),
-    BodyTooSlow: Rule(408, REQUEST, "body_timeout", "The request's body did not arrive in time."),
+    BodyTooSlow: Rule(
+        408, REQUEST, "body_timeout", "The request's body did not arrive in time.", closes_connection=True
+    ),
     BodyTooLarge: Rule(413, REQUEST, "body_too_large", "The request's body is too large."),
     ledger.ConversationExists: Rule(409, CONFLICT, "conversation_exists", "This id is taken.", "conversation"),
     ledger.ConversationBusy: Rule(
@@ -227,7 +238,11 @@ ANSWERS: dict[type[Exception], Rule] = {
 def answer(error: Exception) -> Answer:
     """Return how to tell a client about `error`, by the most specific rule that covers it."""
     rule = next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
-    headers = {} if rule.retry_after_seconds is None else {"retry-after": str(rule.retry_after_seconds)}
+    headers = {}
+    if rule.retry_after_seconds is not None:
+        headers["retry-after"] = str(rule.retry_after_seconds)
+    if rule.closes_connection:
+        headers["connection"] = "close"
     detail = ErrorDetail(rule.message or str(error), rule.type, rule.param, rule.code)
     plain = Answer(rule.status, ErrorBody(detail), headers)
     return plain if rule.refine is None else rule.refine(error, plain)

@@ -114,19 +114,27 @@ class ChoiceLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer."""
-
-    role: str = "assistant"
-    content: str
-    refusal: None = None
-
-
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a chunk adds to the answer."""
+    """What a chunk adds to the answer: to what is said, or to the thought before it."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+
+
+class AssistantMessage(msgspec.Struct, kw_only=True):
+    """The answer."""
+
+    role: str = "assistant"
+    content: str = ""
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    refusal: None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append what a chunk adds."""
+        self.content += delta.content or ""
+        if delta.reasoning_content is not None:
+            self.reasoning_content = (self.reasoning_content or "") + delta.reasoning_content
 
 
 class _Choice(msgspec.Struct, kw_only=True):

@@ -66,6 +66,13 @@ class CompletionLogprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float] | None] = []
     text_offset: list[int] = []
 
+    def extend(self, more: CompletionLogprobs) -> None:
+        """Append the lists of the tokens that follow."""
+        self.tokens += more.tokens
+        self.token_logprobs += more.token_logprobs
+        self.top_logprobs += more.top_logprobs
+        self.text_offset += more.text_offset
+
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
     """One continuation, or what a chunk adds to it."""

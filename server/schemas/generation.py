@@ -134,15 +134,6 @@ class GenerationFields(StrictModel):
         )
 
 
-def limited(name: str, value: int | None, default: int, limit: int) -> int:
-    """Return `value`, or `default` without one; raises `BadRequest` above `limit`."""
-    if value is None:
-        return min(default, limit)
-    if value > limit:
-        raise BadRequest(f"{name}: this server allows at most {limit}.", name)
-    return value
-
-
 def _token_id(key: str, vocab_size: int) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocab_size):
         raise BadRequest(f"logit_bias: keys must be token ids in [0, {vocab_size}).", "logit_bias")
