@@ -118,7 +118,8 @@ class Exchange:
     @property
     def route(self) -> str:
         """The pattern of the route that matched: a label, so never the path itself."""
-        return getattr(self._scope.get("route"), "path", "unmatched")
+        path: str = getattr(self._scope.get("route"), "path", "unmatched")
+        return path
 
     @property
     def method(self) -> str:

@@ -25,7 +25,7 @@ def json_body(model: type[RequestBody]) -> Callable[[Request], Awaitable[Request
     """Return the FastAPI dependency that reads the request's body as a `model`; raises `BadRequest`."""
 
     async def read(request: Request) -> RequestBody:
-        data = await _read_body(request, request.app.state.settings.body_seconds)
+        data = await _read_body(request, request.app.state.services.settings.body_seconds)
         if len(data) <= MAX_BYTES_PARSED_ON_LOOP:
             return parse_body(model, data)
         return await asyncio.to_thread(parse_body, model, data)

@@ -8,6 +8,7 @@ import logging
 from types import FrameType
 
 import uvicorn
+import uvloop
 
 from server.app import create_app
 from server.assembly import open_services
@@ -24,7 +25,7 @@ CLOSE_SECONDS = 5
 def serve(settings: Settings) -> int:
     """Serve until told to end; returns the exit status."""
     configure_logging(settings.log_level)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run_server(settings))
 
 
@@ -58,6 +59,7 @@ class DrainingServer(uvicorn.Server):
         )
         self.was_forced = False
         self._services = services
+        self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -66,7 +68,10 @@ class DrainingServer(uvicorn.Server):
             self.was_forced = self.force_exit = self.should_exit = True
             return
         self._services.drain.begin()
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
         # The listener stays open meanwhile, so that newcomers are told 503 instead of nothing.

@@ -1,4 +1,4 @@
-"""What every endpoint works with: the pieces of one running server, put together once."""
+"""What every endpoint works with: the pieces of one running server. `server.assembly` puts them together."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 from dataclasses import dataclass
 from typing import Annotated
 
-from engine.client import AsyncEngine
 from fastapi import Depends, Request
 
+from engine.client import AsyncEngine
 from engine.messages import EngineReady
 from engine.tokenizer import Tokenizer
 from server.conversations.turns import Turns
 from server.drain import Drain
 from server.metrics import Metrics
+from server.pulse import Pulse
 from server.settings import Settings
 from server.templates import Template
 
@@ -47,6 +48,7 @@ class Services:
     metrics: Metrics
     model: ServedModel
     drain: Drain
+    pulse: Pulse
 
     async def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`; what looks like a special token in it is text like any other."""

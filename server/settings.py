@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")
     max_num_batched_tokens: PositiveInt = Field(512, description="tokens consumed by one step, decodes included")
     max_num_queued_reqs: int = Field(1024, ge=0, description="sequences that may wait for a slot; beyond: 503")
-    max_logprobs: int = Field(20, ge=0, le=100, description="most likely tokens a request may ask for, a position")
+    max_logprobs: int = Field(20, ge=0, description="most likely tokens a request may ask for, a position")
     max_output_tokens: PositiveInt = Field(
         8192, description="most tokens one choice may generate; the limit of a chat that names none"
     )

@@ -33,7 +33,7 @@ DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
 
 # The package ends every stream at the first sign of SIGTERM; here `server.drain` lets them finish.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 
 Part = TypeVar("Part")
