@@ -2,7 +2,7 @@
 
 An engine process is started as `python -m engine ENDPOINT`. The first line on its standard input is its configuration
 as JSON; the pipe then stays open as a lifeline: when this process ends, however it ends, the engine sees the end of its
-input and ends too.
+input and ends too. On its standard output it says one thing: why it could not start.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class EngineProcess:
             "engine",
             endpoint,
             stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
             # An interrupt typed at the terminal is the server's to handle: it drains the engine first.
             start_new_session=True,
         )
@@ -82,7 +83,10 @@ class EngineProcess:
     async def wait(self) -> str:
         """Return when the child has ended."""
         assert self._process is not None
-        return f"the engine process ended with status {await self._process.wait()}"
+        assert self._process.stdout is not None
+        said = (await self._process.stdout.read()).decode(errors="replace").strip()
+        status = await self._process.wait()
+        return said or f"the engine process ended with status {status}"
 
     async def stop(self) -> None:
         """Cut the lifeline; kill the child if it does not end."""

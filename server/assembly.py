@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import urlsplit
 
 from engine.client import AsyncEngine
-
 from engine.messages import StepReport
 from engine.tokenizer import load as load_tokenizer
 from server.conversations.ledger import LedgerUnavailable
