@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from loadtest.generator import LoadRun
 from loadtest.reply import TurnRecord
@@ -50,9 +50,7 @@ def draw_timeline(axes: Axes, run: LoadRun) -> None:
     if failures:
         bottom = axes.get_xaxis_transform()
         axes.plot(failures, [0.02] * len(failures), "x", color=FAILED_COLOR, ms=6, transform=bottom, label="failed")
-    if groups:
-        axes.set_yscale("log")
-    _label_seconds(axes.yaxis)
+    _scale_waits(axes, [record.ttft_seconds or 0.0 for records in groups.values() for record in records])
     axes.set_xlabel("intended start (s)")
     if groups or failures:
         axes.legend(ncols=3, loc="upper right", handletextpad=0.1, columnspacing=1.0, markerscale=1.6)
@@ -79,7 +77,8 @@ def draw_distributions(axes: Axes, run: LoadRun) -> None:
         axes.axhline(share, color="#8c959f", linewidth=0.8, linestyle=(0, (4, 3)))
     if whole:
         axes.set_xscale("log")
-        axes.legend(loc="lower right")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0.93), frameon=True, framealpha=0.85, edgecolor="none")
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.99], ["0", "25 %", "50 %", "75 %", "99 %"])
     _label_seconds(axes.xaxis)
@@ -101,7 +100,7 @@ def draw_by_turn(axes: Axes, run: LoadRun) -> None:
         )
         axes.fill_between(turns, low, high, color=SERIES_COLORS[0], alpha=0.14, linewidth=0, label="p10 to p90")
         axes.plot(turns, middle, "o-", color=SERIES_COLORS[0], linewidth=1.8, ms=4.5, label="median")
-        axes.set_ylim(0, max(high) * 1.15)
+        axes.set_ylim(0, max(high) * 1.2)
         axes.set_xlim(0.5, max(turns) + 0.5)
         axes.legend(loc="upper right", ncols=2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -111,7 +110,7 @@ def draw_by_turn(axes: Axes, run: LoadRun) -> None:
 
 
 def draw_throughput(axes: Axes, run: LoadRun) -> None:
-    """Tokens delivered in each interval, and how many turns were on the wire at most."""
+    """Tokens delivered in each interval, and the turns that were on the wire."""
     axes.set_title("Output tokens a second")
     end = max(run.elapsed_seconds, 1e-3)
     edges = np.linspace(0.0, end, min(120, max(10, int(end * 2))) + 1)
@@ -119,15 +118,27 @@ def draw_throughput(axes: Axes, run: LoadRun) -> None:
     times, weights = _deliveries(run)
     tokens, _ = np.histogram(times, bins=edges, weights=weights)
     color = SERIES_COLORS[1]
-    axes.fill_between(edges[:-1], tokens / width, step="post", color=color, alpha=0.18, linewidth=0)
-    axes.step(edges[:-1], tokens / width, where="post", color=color, linewidth=1.5, label="tokens/s")
-    starts, active = _active_turns(run)
-    axes.step(starts, active, where="post", color="#8c959f", linewidth=1.0, label="turns in flight")
+    rates = np.append(tokens, tokens[-1]) / width
+    axes.fill_between(edges, rates, step="post", color=color, alpha=0.18, linewidth=0)
+    axes.step(edges, rates, where="post", color=color, linewidth=1.5, label="tokens/s")
     axes.set_xlim(0, end)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(float(rates.max()), 1.0) * 1.2)
     axes.set_xlabel("time (s)")
-    axes.legend(loc="upper right", ncols=2)
+    _draw_active_turns(axes, run)
+    axes.legend(loc="upper left")
     _mark_warmup(axes, run)
+
+
+def _draw_active_turns(axes: Axes, run: LoadRun) -> None:
+    """Draw the turns on the wire over the same time, on a scale of their own at the right."""
+    right = axes.twinx()
+    starts, active = _active_turns(run)
+    right.step(starts, active, where="post", color="#8c959f", linewidth=0.9, alpha=0.8, label="turns in flight")
+    right.set_ylim(0, max(*active, 1) * 1.8)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    right.spines["right"].set_visible(False)
+    right.grid(visible=False)
+    right.legend(loc="upper right")
 
 
 DRAWINGS: Final[dict[str, Draw]] = {
@@ -198,6 +209,17 @@ def _active_turns(run: LoadRun) -> tuple[list[float], list[int]]:
 def _label_seconds(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda seconds, _: format_seconds(seconds) if seconds else "0"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _scale_waits(axes: Axes, waits: list[float]) -> None:
+    """Scale the y axis for `waits` in seconds: by powers where they span more than one, else from zero."""
+    if waits and max(waits) > 10 * min(waits) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.set_ylim(top=max(waits) * 1.8)
+    elif waits:
+        axes.set_ylim(0, max(waits) * 1.2)
+    _label_seconds(axes.yaxis)
 
 
 def _mark_warmup(axes: Axes, run: LoadRun) -> None:

@@ -42,7 +42,7 @@ class LoadGenerator:
         self._options = options
         self._workload = Workload(options)
         self._on_turn = on_turn
-        self._began = time.perf_counter()
+        self._began: float | None = None
         self._stopped = asyncio.Event()
         self._turns_begun = 0
         self._connections = asyncio.Semaphore(options.max_in_flight)
@@ -50,8 +50,8 @@ class LoadGenerator:
         self._name = f"load-{secrets.token_hex(4)}"
 
     def clock(self) -> float:
-        """Return the seconds since the run began."""
-        return time.perf_counter() - self._began
+        """Return the seconds since the run began; 0 before it has."""
+        return 0.0 if self._began is None else time.perf_counter() - self._began
 
     def stop(self) -> None:
         """Begin no more turns."""

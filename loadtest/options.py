@@ -38,9 +38,9 @@ class Span:
     @classmethod
     def parse(cls, text: str) -> Span:
         """Return the span written in `text`; raises `argparse.ArgumentTypeError`."""
-        low, _, high = text.partition("-")
+        low, dash, high = text.partition("-")
         try:
-            span = cls(int(low), int(high or low))
+            span = cls(int(low), int(high if dash else low))
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range like 16-64") from None
         if not 1 <= span.low <= span.high:

@@ -105,7 +105,9 @@ def _page(run: LoadRun, summary: Summary) -> str:
             for position in summary.by_turn
         ),
         tallies=_tallies(summary),
-        options=_rows((name, escape(str(value))) for name, value in _shown_options(run).items()),
+        options="".join(
+            f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in _shown_options(run).items()
+        ),
     )
 
 
@@ -123,9 +125,9 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 
     failed = summary.failed_turns
     return [
-        ("to first token, median", format_seconds(summary.ttft_seconds.p50), tail(summary.ttft_seconds)),
-        ("between tokens, median", format_seconds(summary.inter_token_seconds.p50), tail(summary.inter_token_seconds)),
-        ("whole turn, median", format_seconds(summary.turn_seconds.p50), tail(summary.turn_seconds)),
+        ("first token p50", format_seconds(summary.ttft_seconds.p50), tail(summary.ttft_seconds)),
+        ("between tokens p50", format_seconds(summary.inter_token_seconds.p50), tail(summary.inter_token_seconds)),
+        ("whole turn p50", format_seconds(summary.turn_seconds.p50), tail(summary.turn_seconds)),
         ("output tokens/s", f"{summary.output_tokens_per_second:,.1f}", f"{summary.output_tokens:,} in all"),
         ("turns/s", f"{summary.turns_per_second:,.2f}", f"{summary.turns:,} turns"),
         ("failed turns", f"{failed:,}", f"{100 * failed / max(1, failed + summary.turns):.2g} % of all"),

@@ -89,8 +89,8 @@ class Summary:
         return self.turns > 0 and not self.violations
 
     def as_json(self) -> dict[str, object]:
-        """Return this as what JSON can hold."""
-        return asdict(self)
+        """Return this as what JSON can hold, numbers to six digits."""
+        return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
 def summarize(run: LoadRun) -> Summary:
@@ -150,6 +150,14 @@ def _position(turn: int, records: list[TurnRecord]) -> TurnPosition:
         mean_prompt_tokens=sum(record.prompt_tokens for record in records) / len(records),
         mean_cached_tokens=sum(record.cached_tokens for record in records) / len(records),
     )
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
 
 
 def _ratio(amount: float, seconds: float) -> float:
