@@ -34,7 +34,7 @@ HEALTHY = {
     'rwkv_http_requests_total{status="500"}': "1",
     'rwkv_errors_total{code="store_unavailable"}': "0",
     'rwkv_admission_rejections_total{reason="queue_full"}': "1",
-    'rwkv_turn_conflicts_total{reason="conversation_busy"}': "1",
+    'rwkv_turn_conflicts_total{reason="busy"}': "1",
     'rwkv_turn_commits_total{durability="fsynced"}': "500",
     'rwkv_turn_resumes_total{kind="hot"}': "480",
     'rwkv_turn_resumes_total{kind="replayed"}': "5",
@@ -68,7 +68,7 @@ STORIES: dict[str, tuple[dict[str, str | None], set[str]]] = {
     "sequences wait without a break": ({"rwkv_sequences_waiting": "=2 5"}, {"SequencesWaiting"}),
     "requests are turned away": ({'rwkv_admission_rejections_total{reason="queue_full"}': "50"}, {"RequestsRejected"}),
     "turns collide": (
-        {'rwkv_turn_conflicts_total{reason="conversation_busy"}': "100"},
+        {'rwkv_turn_conflicts_total{reason="busy"}': "100"},
         {"ConversationsContended"},
     ),
     "states are recomputed": ({'rwkv_turn_resumes_total{kind="replayed"}': "100"}, {"StatesReplayed"}),
