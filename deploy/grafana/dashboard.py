@@ -153,7 +153,8 @@ ITL = "rwkv_inter_token_latency_seconds"
 STEP = "rwkv_engine_step_seconds"
 REQUESTS = "rwkv_http_requests_total"
 RESUMES = "rwkv_turn_resumes_total"
-FAILED_SHARE = share(rate(REQUESTS, labels='status=~"5.."'), rate(REQUESTS))
+ASKED = 'route!~"/health|/metrics"'  # probes and scrapes are nobody's requests
+FAILED_SHARE = share(rate(REQUESTS, labels=f'{ASKED}, status=~"5.."'), rate(REQUESTS, labels=ASKED))
 REPLAYED_SHARE = share(rate(RESUMES, labels='kind="replayed"'), rate(RESUMES, labels='kind!="new"'))
 
 ROWS: dict[str, list[Panel]] = {
@@ -278,7 +279,7 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "HTTP": [
-        Panel("Requests", {"{{route}} {{status}}": rate(REQUESTS, "route, status")}, "reqps", stacked=True),
+        Panel("Requests", {"{{route}} {{status}}": rate(REQUESTS, "route, status", ASKED)}, "reqps", stacked=True),
         Panel("Duration, p99", {"{{route}}": quantile(0.99, "rwkv_http_request_seconds", "route")}, "s"),
         Panel("Errors told to clients", {"{{code}}": rate("rwkv_errors_total", "code")}, "ops", stacked=True),
         Panel(

@@ -7,42 +7,19 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from server.metrics import Metrics
 
 from deploy.grafana.dashboard import OUTPUT, dashboard
-from server.metrics import Metrics
 from tests.conftest import ROOT
 from tests.deploy.exporter import Exporter
 from tests.deploy.prometheus_server import PrometheusServer
+from tests.deploy.queries import dashboard_queries, rule_expressions
 
-ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 # Told elsewhere than on the dashboard: labels for people, and what process metrics mean is known.
 NOT_SHOWN = {"rwkv_model", "rwkv_numerical_errors"}
-
-
-def dashboard_queries() -> dict[str, str]:
-    """Return every query of the dashboard by panel and letter, Grafana's variables filled in."""
-    return {
-        f"{panel['title']} {target['refId']}": fill_in(target["expr"])
-        for panel in dashboard()["panels"]
-        for target in panel.get("targets", [])
-    }
-
-
-def fill_in(expression: str) -> str:
-    """Return `expression` as Grafana sends it when all servers are selected."""
-    return expression.replace("$instance", ".+").replace("$__rate_interval", "5s")
-
-
-def rule_expressions() -> dict[str, str]:
-    """Return the expression of every alert and recording rule by its name."""
-    rules: list[dict[str, Any]] = [
-        rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]
-    ]
-    return {rule.get("alert") or rule["record"]: rule["expr"] for rule in rules}
 
 
 def names_in(expressions: dict[str, str]) -> set[str]:
