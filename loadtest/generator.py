@@ -115,7 +115,7 @@ class LoadGenerator:
         version = 0
         for idx, turn in enumerate(plan.turns):
             start += turn.think_seconds
-            if not (await self._sleep_until(start) and self._may_begin(run, first=idx == 0)):
+            if not (await self._sleep_until(start) and self._may_begin(run, start, first=idx == 0)):
                 break
             history.append({"role": "user", "content": turn.prompt})
             record = TurnRecord(plan.number, idx + 1, start)
@@ -149,8 +149,9 @@ class LoadGenerator:
         if self._on_turn is not None:
             self._on_turn(run, record)
 
-    def _may_begin(self, run: LoadRun, *, first: bool) -> bool:
-        if self._over():
+    def _may_begin(self, run: LoadRun, start: float, *, first: bool) -> bool:
+        # Timers that are due together run in any order: the start itself decides, not who of them woke first.
+        if self._over() or start > self._options.duration_seconds:
             return False
         self._turns_begun += 1
         run.num_conversations += first
