@@ -83,12 +83,13 @@ def _cautions(summary: Summary) -> list[str]:
 
 
 def _page(run: LoadRun, summary: Summary) -> str:
+    verdict, verdict_class = _verdict(summary)
     figures = {name: _image(svg_of(draw, run), name) for name, draw in DRAWINGS.items()}
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         figures,
         title=escape(_title(summary)),
-        verdict_class="good" if summary.ok else "bad",
-        verdict=escape(_verdict(summary)),
+        verdict_class=verdict_class,
+        verdict=verdict,
         tiles="".join(_tile(*tile) for tile in _tiles(summary)),
         cautions="".join(f'<p class="caution">{escape(caution)}</p>' for caution in _cautions(summary)),
         latencies=_rows((name, *_latency_cells(distribution)) for name, distribution in _latencies(summary)),
@@ -111,12 +112,14 @@ def _page(run: LoadRun, summary: Summary) -> str:
     )
 
 
-def _verdict(summary: Summary) -> str:
+def _verdict(summary: Summary) -> tuple[str, str]:
     if not summary.turns:
-        return "no turn succeeded"
+        return "no turn succeeded", "bad"
     if summary.violations:
-        return f"{sum(summary.violations.values())} broken promises"
-    return "every promise kept" if not summary.failed_turns else "promises kept, some turns failed"
+        return f"{sum(summary.violations.values())} broken promises", "bad"
+    if summary.failed_turns:
+        return "promises kept, some turns failed", "fair"
+    return "every promise kept", "good"
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
@@ -160,7 +163,8 @@ def _tallies(summary: Summary) -> str:
 
 
 def _shown_options(run: LoadRun) -> dict[str, object]:
-    names = [field.name for field in fields(run.options) if field.name not in HIDDEN_OPTIONS]
+    hidden = HIDDEN_OPTIONS | ({"users"} if run.options.loop == "open" else set())
+    names = [field.name for field in fields(run.options) if field.name not in hidden]
     return {name: value for name in names if (value := getattr(run.options, name)) is not None}
 
 
