@@ -149,8 +149,8 @@ class Exchange:
 
 def _request_id(scope: Scope) -> str:
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    if len(given) == 1 and REQUEST_ID.fullmatch(text := given[0].decode("latin-1")):
-        return text
+    if len(given) == 1 and (matched := REQUEST_ID.fullmatch(given[0].decode("latin-1"))):
+        return str(matched[0])
     return uuid.uuid4().hex
 
 

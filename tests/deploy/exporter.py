@@ -7,7 +7,6 @@ from types import TracebackType
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
-from server.metrics import ENGINE_COUNTERS, Metrics
 
 from engine.messages import (
     CheckpointRef,
@@ -21,6 +20,7 @@ from engine.messages import (
     StepStats,
 )
 from server.conversations.ledger import Durability
+from server.metrics import ENGINE_COUNTERS, Metrics
 
 READY = EngineReady(
     fingerprint="f", generation="7", vocab_size=256, num_layers=2, width=64, num_parameters=1, state_bytes=2_000_000,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from server.metrics import Metrics
 
 from deploy.grafana.dashboard import OUTPUT, dashboard
+from server.metrics import Metrics
 from tests.conftest import ROOT
 from tests.deploy.exporter import Exporter
 from tests.deploy.prometheus_server import PrometheusServer
