@@ -65,11 +65,13 @@ class TorchModelRunner:
         self._penalties = PenaltyCounters(num_slots, self.vocab_size, model.device)
         self._forbidden_ids = torch.tensor(sorted(forbidden_ids), dtype=torch.int64, device=model.device)
 
+    @torch.inference_mode()
     def start(self, slot: int) -> None:
         """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
         self.pool.clear(slot)
         self._penalties.reset(slot)
 
+    @torch.inference_mode()
     def load(self, slot: int, state: RecurrentState) -> None:
         """As `start`, from `state`."""
         self.pool.load(slot, state)
