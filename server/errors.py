@@ -231,6 +231,7 @@ ANSWERS: dict[type[Exception], Rule] = {
         None,
         RETRY_ELSEWHERE_SECONDS,
     ),
+    engine.EngineError: Rule(500, SERVER, "engine_error", "The engine failed on this request; nothing was applied."),
     Exception: Rule(500, SERVER, "internal_error", "The server failed to answer; nothing was applied."),
 }
 

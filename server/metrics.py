@@ -78,7 +78,8 @@ class EngineMetrics:
         registry.register(self._totals)
         self.model = Info("rwkv_model", "What is being served.", registry=registry)
         self.state_bytes = Gauge("rwkv_state_bytes", "Size of one conversation's state.", registry=registry)
-        self.up = Gauge("rwkv_engine_up", "1 while the engine reports.", registry=registry)
+        self.up = Gauge("rwkv_engine_up", "1 while the engine takes requests.", registry=registry)
+        self.restarts = Gauge("rwkv_engine_restarts", "Engines started to replace a lost one.", registry=registry)
         self.running = Gauge("rwkv_sequences_running", "Sequences in a slot.", registry=registry)
         self.waiting = Gauge("rwkv_sequences_waiting", "Sequences waiting for a slot.", registry=registry)
         self.slots = Gauge("rwkv_state_slots", "Slots of the device's state pool.", ["status"], registry=registry)
@@ -123,7 +124,6 @@ class EngineMetrics:
 
     def ready(self, ready: EngineReady, model_name: str, version: str) -> None:
         """Note what is being served."""
-        self.up.set(1)
         self.state_bytes.set(ready.state_bytes)
         self.model.info(
             {
@@ -149,7 +149,6 @@ class EngineMetrics:
         self.step_tokens.observe(step.num_decode_tokens + step.num_prefill_tokens)
 
     def _stats(self, stats: EngineStats) -> None:
-        self.up.set(1)
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.slots.labels("used").set(stats.num_slots_used)
@@ -158,10 +157,6 @@ class EngineMetrics:
         self.hot_state_bytes.set(stats.hot_state_bytes)
         self.pending_checkpoints.set(stats.pending_checkpoints)
         self._totals.counters = {"rwkv_engine_steps_total": float(stats.num_steps), **stats.counters}
-
-    def died(self) -> None:
-        """Note that the engine is gone."""
-        self.up.set(0)
 
     def watch(self, num_prompt_tokens: int) -> SequenceClock:
         """Return the clock of a sequence that is submitted now."""
