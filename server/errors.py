@@ -117,7 +117,8 @@ def _with_field(error: Exception, answer: Answer) -> Answer:
 
 def _with_engine_field(error: Exception, answer: Answer) -> Answer:
     assert isinstance(error, engine.InvalidRequest)
-    detail = msgspec.structs.replace(answer.body.error, param=ENGINE_FIELDS.get(error.field, error.field))
+    name = error.field.rpartition(".")[2]
+    detail = msgspec.structs.replace(answer.body.error, param=ENGINE_FIELDS.get(name, name))
     return Answer(answer.status, ErrorBody(detail), answer.headers)
 
 

@@ -44,13 +44,22 @@ SIZE_BUCKETS: Final = tuple(float(2**k) for k in range(0, 14))
 # Monotonic totals the engine counts itself and sends by these names.
 ENGINE_COUNTERS: Final = {
     "rwkv_engine_steps_total": "Steps of the engine; must grow while sequences run.",
-    "rwkv_prefill_tokens_total": "Prompt and replayed tokens consumed by the engine.",
+    "rwkv_engine_errors_total": "Sequences that failed because the device did.",
+    "rwkv_numerical_errors_total": "Sequences that failed because a value was NaN or infinite.",
+    "rwkv_prefill_tokens_total": "Prompt and replayed tokens consumed.",
     "rwkv_decode_tokens_total": "Tokens consumed one by one while generating.",
+    "rwkv_settled_tokens_total": "Delivered tokens consumed after the end, to make a state final.",
     "rwkv_state_load_bytes_total": "Bytes of checkpoints loaded.",
+    "rwkv_state_rebuilds_total": "States built again from their origin because a stop string reached back behind them.",
+    "rwkv_states_lost_total": "Final states that could not be kept; their next resume may replay.",
+    "rwkv_states_unavailable_total": "Sequences refused because their state could not be had.",
+    "rwkv_snapshots_missed_total": "Partial stop strings without a spare slot to go back to.",
+    "rwkv_stop_bytes_lost_total": "Bytes before a stop string that no token could express.",
     "rwkv_hot_state_evictions_total": "States dropped from host memory to make room.",
+    "rwkv_hot_states_dropped_total": "States too large to be kept in host memory at all.",
     "rwkv_checkpoints_rejected_total": "Checkpoints found but not what was asked for: never loaded.",
     "rwkv_checkpoints_missing_total": "Checkpoints that were expected and not there.",
-    "rwkv_numerical_errors_total": "Sequences that failed because a value was NaN or infinite.",
+    "rwkv_checkpoints_unavailable_total": "Checkpoints that the store did not deliver.",
 }
 
 
