@@ -51,6 +51,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         engine = AsyncEngine.spawn(settings.engine_config, on_report=report)
         stack.push_async_callback(engine.close)
         ready = await engine.start()
+        metrics.engine.up.set_function(lambda: engine.is_ready)
+        metrics.engine.restarts.set_function(lambda: engine.restarts)
         metrics.engine.ready(ready, settings.model_name, server_version())
         tokenizer = load_tokenizer(settings.tokenizer, settings.model_path, ready.vocab_size)
         turns = Turns(

@@ -117,7 +117,8 @@ def _with_field(error: Exception, answer: Answer) -> Answer:
 
 def _with_engine_field(error: Exception, answer: Answer) -> Answer:
     assert isinstance(error, engine.InvalidRequest)
-    detail = msgspec.structs.replace(answer.body.error, param=ENGINE_FIELDS.get(error.field, error.field))
+    name = error.field.rpartition(".")[2]
+    detail = msgspec.structs.replace(answer.body.error, param=ENGINE_FIELDS.get(name, name))
     return Answer(answer.status, ErrorBody(detail), answer.headers)
 
 
@@ -231,6 +232,7 @@ ANSWERS: dict[type[Exception], Rule] = {
         None,
         RETRY_ELSEWHERE_SECONDS,
     ),
+    engine.EngineError: Rule(500, SERVER, "engine_error", "The engine failed on this request; nothing was applied."),
     Exception: Rule(500, SERVER, "internal_error", "The server failed to answer; nothing was applied."),
 }
 

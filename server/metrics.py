@@ -44,13 +44,22 @@ SIZE_BUCKETS: Final = tuple(float(2**k) for k in range(0, 14))
 # Monotonic totals the engine counts itself and sends by these names.
 ENGINE_COUNTERS: Final = {
     "rwkv_engine_steps_total": "Steps of the engine; must grow while sequences run.",
-    "rwkv_prefill_tokens_total": "Prompt and replayed tokens consumed by the engine.",
+    "rwkv_engine_errors_total": "Sequences that failed because the device did.",
+    "rwkv_numerical_errors_total": "Sequences that failed because a value was NaN or infinite.",
+    "rwkv_prefill_tokens_total": "Prompt and replayed tokens consumed.",
     "rwkv_decode_tokens_total": "Tokens consumed one by one while generating.",
+    "rwkv_settled_tokens_total": "Delivered tokens consumed after the end, to make a state final.",
     "rwkv_state_load_bytes_total": "Bytes of checkpoints loaded.",
+    "rwkv_state_rebuilds_total": "States built again from their origin because a stop string reached back behind them.",
+    "rwkv_states_lost_total": "Final states that could not be kept; their next resume may replay.",
+    "rwkv_states_unavailable_total": "Sequences refused because their state could not be had.",
+    "rwkv_snapshots_missed_total": "Partial stop strings without a spare slot to go back to.",
+    "rwkv_stop_bytes_lost_total": "Bytes before a stop string that no token could express.",
     "rwkv_hot_state_evictions_total": "States dropped from host memory to make room.",
+    "rwkv_hot_states_dropped_total": "States too large to be kept in host memory at all.",
     "rwkv_checkpoints_rejected_total": "Checkpoints found but not what was asked for: never loaded.",
     "rwkv_checkpoints_missing_total": "Checkpoints that were expected and not there.",
-    "rwkv_numerical_errors_total": "Sequences that failed because a value was NaN or infinite.",
+    "rwkv_checkpoints_unavailable_total": "Checkpoints that the store did not deliver.",
 }
 
 
@@ -78,7 +87,8 @@ class EngineMetrics:
         registry.register(self._totals)
         self.model = Info("rwkv_model", "What is being served.", registry=registry)
         self.state_bytes = Gauge("rwkv_state_bytes", "Size of one conversation's state.", registry=registry)
-        self.up = Gauge("rwkv_engine_up", "1 while the engine reports.", registry=registry)
+        self.up = Gauge("rwkv_engine_up", "1 while the engine takes requests.", registry=registry)
+        self.restarts = Gauge("rwkv_engine_restarts", "Engines started to replace a lost one.", registry=registry)
         self.running = Gauge("rwkv_sequences_running", "Sequences in a slot.", registry=registry)
         self.waiting = Gauge("rwkv_sequences_waiting", "Sequences waiting for a slot.", registry=registry)
         self.slots = Gauge("rwkv_state_slots", "Slots of the device's state pool.", ["status"], registry=registry)
@@ -123,7 +133,6 @@ class EngineMetrics:
 
     def ready(self, ready: EngineReady, model_name: str, version: str) -> None:
         """Note what is being served."""
-        self.up.set(1)
         self.state_bytes.set(ready.state_bytes)
         self.model.info(
             {
@@ -149,7 +158,6 @@ class EngineMetrics:
         self.step_tokens.observe(step.num_decode_tokens + step.num_prefill_tokens)
 
     def _stats(self, stats: EngineStats) -> None:
-        self.up.set(1)
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.slots.labels("used").set(stats.num_slots_used)
@@ -158,10 +166,6 @@ class EngineMetrics:
         self.hot_state_bytes.set(stats.hot_state_bytes)
         self.pending_checkpoints.set(stats.pending_checkpoints)
         self._totals.counters = {"rwkv_engine_steps_total": float(stats.num_steps), **stats.counters}
-
-    def died(self) -> None:
-        """Note that the engine is gone."""
-        self.up.set(0)
 
     def watch(self, num_prompt_tokens: int) -> SequenceClock:
         """Return the clock of a sequence that is submitted now."""

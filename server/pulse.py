@@ -19,27 +19,18 @@ class Pulse:
         self._num_steps = -1
         self._is_busy = False
         self._heard_at = self._progressed_at = clock()
-        self.is_engine_up = True
 
     def report(self, report: StepReport) -> None:
         """Take in a report."""
         now = self._clock()
         self._heard_at = now
-        self.is_engine_up = True
         if report.stats is None:
             return
         if report.stats.num_steps != self._num_steps or report.stats.num_running == 0:
             self._progressed_at = now
         self._num_steps = report.stats.num_steps
 
-    def lost(self) -> None:
-        """The engine is gone."""
-        self.is_engine_up = False
-
     @property
-    def status(self) -> str:
-        """ok, stalled or engine_down."""
-        if not self.is_engine_up:
-            return "engine_down"
-        is_stalled = self._clock() - min(self._heard_at, self._progressed_at) > STALL_SECONDS
-        return "stalled" if is_stalled else "ok"
+    def is_stalled(self) -> bool:
+        """Whether the engine is silent, or runs sequences without making a step."""
+        return self._clock() - min(self._heard_at, self._progressed_at) > STALL_SECONDS

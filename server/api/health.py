@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.schemas.health import HealthReply
-from server.services import ServicesOf
+from server.services import Services, ServicesOf
 from server.streaming import json_response
 
 router = APIRouter()
@@ -15,8 +15,16 @@ router = APIRouter()
 @router.get("/health")
 async def health(services: ServicesOf) -> Response:
     """Say whether requests sent now will be worked on: the engine makes progress and nobody is shutting down."""
-    status = "draining" if services.drain.has_begun else services.pulse.status
+    status = _status(services)
     return json_response(HealthReply(status), 200 if status == "ok" else 503)
+
+
+def _status(services: Services) -> str:
+    if services.drain.has_begun:
+        return "draining"
+    if not services.engine.is_ready:
+        return "engine_down"
+    return "stalled" if services.pulse.is_stalled else "ok"
 
 
 @router.get("/metrics")

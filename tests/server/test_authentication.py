@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,13 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield process
 
 
+@pytest.fixture(scope="module")
+def client(guarded: ServerProcess) -> Iterator[httpx.Client]:
+    """A client without the key."""
+    with httpx.Client(base_url=guarded.url, timeout=30) as client:
+        yield client
+
+
 def test_every_family_of_routes_is_walked() -> None:
     """The walk below covers what is served."""
     assert ("POST", "/v1/chat/completions") in ROUTES
@@ -49,7 +58,6 @@ def test_every_family_of_routes_is_walked() -> None:
         {},
         {"authorization": ""},
         {"authorization": "Bearer"},
-        {"authorization": "Bearer "},
         {"authorization": "Bearer wrong"},
         {"authorization": f"Bearer {KEY}x"},
         {"authorization": f"Basic {KEY}"},
@@ -59,10 +67,10 @@ def test_every_family_of_routes_is_walked() -> None:
     ids=str,
 )
 def test_without_the_key_only_the_open_routes_answer(
-    guarded: ServerProcess, method: str, path: str, headers: dict[str, str]
+    client: httpx.Client, method: str, path: str, headers: dict[str, str]
 ) -> None:
     """401 everywhere but on the allow-list, before anything of the request is read."""
-    response = httpx.request(method, guarded.url + path, headers=headers, timeout=30)
+    response = client.request(method, path, headers=headers)
     if path in OPEN_PATHS:
         assert response.status_code == 200
     else:
@@ -73,7 +81,10 @@ def test_without_the_key_only_the_open_routes_answer(
 @pytest.mark.parametrize("path", ["/nowhere", "//health", "/health/", "/HEALTH", "/metrics/x", "/v1/../health/x"])
 def test_what_is_not_an_open_route_needs_the_key(guarded: ServerProcess, path: str) -> None:
     """No spelling of an address gets around the check; nothing tells which addresses exist."""
-    assert httpx.get(guarded.url + path, timeout=30).status_code == 401
+    connection = http.client.HTTPConnection("127.0.0.1", guarded.port, timeout=30)  # sends the path as it is
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        assert connection.getresponse().status == 401
 
 
 def test_the_key_opens_everything(guarded: ServerProcess) -> None:
@@ -102,7 +113,10 @@ def test_the_key_is_in_no_log(guarded: ServerProcess) -> None:
     assert KEY not in guarded.log_path.read_text()
 
 
-@pytest.mark.parametrize("header", ["Bearer ", "Bearer anything", "Basic x"])
-def test_an_open_server_ignores_keys(http: httpx.Client, header: str) -> None:
+@pytest.mark.parametrize("header", ["Bearer ", "Bearer", "Bearer anything", "Basic x"])
+def test_an_open_server_ignores_keys(server: ServerProcess, header: str) -> None:
     """Evaluation harnesses send an empty bearer token to servers without a key."""
-    assert http.get("/v1/models", headers={"authorization": header}).status_code == 200
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v1/models", headers={"authorization": header})
+        assert connection.getresponse().status == 200

@@ -268,7 +268,18 @@ def test_another_model_is_not_found(http: httpx.Client) -> None:
         assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2", 404), ("GET", "/", 404), ("PUT", "/health", 405), ("GET", "/v1/completions", 405), ("GET", "/health/", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v2", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/health/", 404),
+        ("GET", "/openapi.json", 404),
+        ("PUT", "/health", 405),
+        ("GET", "/v1/completions", 405),
+    ],
+)
 def test_unknown_addresses_are_told_in_the_same_form(http: httpx.Client, method: str, path: str, status: int) -> None:
     """404 and 405 have OpenAI's form too."""
     response = http.request(method, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -54,7 +55,11 @@ class Stream:
         assert self.has_begun.wait(30)
 
     def _read(self, url: str, request: dict[str, Any]) -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=60) as response:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # the connection broke
+            httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=60) as response,
+        ):
+            assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 self.lines.append(line)
                 self.has_begun.set()
