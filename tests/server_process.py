@@ -30,6 +30,10 @@ class ServerProcess:
         self.port = free_port()
         self.log_path = data_dir.with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
+        # No certificates are loaded for a loopback address, and a killed server's connections are not used again.
+        self.http = httpx.Client(
+            base_url=self.url, timeout=60, verify=False, limits=httpx.Limits(max_keepalive_connections=0)
+        )
 
     @property
     def url(self) -> str:
@@ -61,7 +65,7 @@ class ServerProcess:
     def is_healthy(self) -> bool:
         """Say whether /health answers 200."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+            return self.http.get("/health", timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -105,6 +109,7 @@ class ServerProcess:
     ) -> None:
         if self.process is not None:
             self.kill()
+        self.http.close()
 
 
 def redis_options(url: str, lease_seconds: float = 2.0) -> Sequence[str]:

@@ -57,7 +57,7 @@ def post_turn(server: ServerProcess, body: dict[str, Any]) -> httpx.Response:
     """Ask for a turn; while another one holds the lease, come back when told to."""
     deadline = time.monotonic() + 60
     while True:
-        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        response = server.http.post("/v1/chat/completions", json=body)
         if response.status_code != 409 or time.monotonic() > deadline:
             return response
         time.sleep(min(float(response.headers["retry-after"]), 0.5))
@@ -70,7 +70,7 @@ def talk(server: ServerProcess, conversation_id: str, lines: Sequence[str] = LIN
 
 def version(server: ServerProcess, conversation_id: str) -> int:
     """Return the version the server reports."""
-    response = httpx.get(f"{server.url}/v1/conversations/{conversation_id}", timeout=30)
+    response = server.http.get(f"/v1/conversations/{conversation_id}")
     assert response.status_code == 200, response.text
     return int(response.json()["version"])
 
@@ -78,10 +78,7 @@ def version(server: ServerProcess, conversation_id: str) -> int:
 @contextlib.contextmanager
 def streaming_turn(server: ServerProcess, body: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
     """Open a streaming turn and hand over its events as they arrive."""
-    with (
-        httpx.Client(timeout=60) as client,
-        client.stream("POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}) as response,
-    ):
+    with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200, response.read()
         yield (
             json.loads(line.removeprefix("data: "))

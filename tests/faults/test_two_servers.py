@@ -42,7 +42,7 @@ def test_concurrent_turns_make_exactly_one_version_each(pair: tuple[ServerProces
 
     def attempt(number: int) -> httpx.Response:
         body = turn_body(LINES[number % len(LINES)], "contested", number)
-        return httpx.post(f"{pair[number % 2].url}/v1/chat/completions", json=body, timeout=60)
+        return pair[number % 2].http.post("/v1/chat/completions", json=body)
 
     say(pair[0], LINES[0], "contested", 99)
     with ThreadPoolExecutor(8) as pool:
@@ -65,7 +65,7 @@ def test_a_killed_servers_conversation_is_taken_over(pair: tuple[ServerProcess, 
     say(first, LINES[0], "orphaned", 0)
     kill_while_streaming(first, turn_body(LINES[1], "orphaned", 1, max_tokens=8000, ignore_eos=True))
     body = turn_body(LINES[1], "orphaned", 1)
-    busy = httpx.post(f"{second.url}/v1/chat/completions", json=body, timeout=60)
+    busy = second.http.post("/v1/chat/completions", json=body)
     assert busy.status_code == 409
     assert 0 < float(busy.headers["retry-after"]) <= 15
     assert say(second, LINES[1], "orphaned", 1).token_ids == expected[1].token_ids
@@ -99,11 +99,11 @@ def test_an_outage_of_redis_is_told_and_survived(
     time.sleep(1.1)  # the append-only file is synced once a second
     redis_server.kill()
     body = turn_body(LINES[1], "outage", 1)
-    refused = httpx.post(f"{pair[0].url}/v1/chat/completions", json=body, timeout=30)
+    refused = pair[0].http.post("/v1/chat/completions", json=body)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "store_unavailable"
     assert float(refused.headers["retry-after"]) > 0
     del body["conversation_id"]
-    assert httpx.post(f"{pair[0].url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    assert pair[0].http.post("/v1/chat/completions", json=body).status_code == 200
     redis_server.start()
     assert say(pair[0], LINES[1], "outage", 1).token_ids == expected[1].token_ids

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ PROMPT = list(b'"in')  # the prompt of the published logits
 def complete(server: ServerProcess, prompt_ids: list[int], **options: Any) -> dict[str, Any]:
     """Run one greedy completion and return its only choice."""
     body = {"model": "test", "prompt": prompt_ids, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
-    response = httpx.post(f"{server.url}/v1/completions", json=body | options, timeout=60)
+    response = server.http.post("/v1/completions", json=body | options)
     assert response.status_code == 200, response.text
     choice: dict[str, Any] = response.json()["choices"][0]
     return choice
