@@ -52,7 +52,12 @@ def _onednn_packs(dtype: torch.dtype) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
-    """See `kernels.Linear`."""
+    """See `kernels.Linear`.
+
+    On CPU a 16-bit product is rounded to 16 bits before it becomes float32: PyTorch has no mixed product there.
+    """
+    if x.is_cuda and x.dtype == torch.float32 != weight.dtype:
+        return torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
     return _matmul(x.to(weight.dtype), weight).to(x.dtype)
 
 
@@ -180,9 +185,10 @@ def _advance(S: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
 
 
 def _matvec(S: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return `S x` for a stack of matrices, written as `x^T S^T`: several times faster than with columns."""
     if len(S) == 1:  # bmm of one matrix takes another path and rounds differently: a row must not depend on its batch
-        return torch.bmm(S.expand(2, -1, -1), x.expand(2, -1)[:, :, None])[:1, :, 0]
-    return torch.bmm(S, x[:, :, None])[:, :, 0]
+        return torch.bmm(x.expand(2, -1)[:, None, :], S.expand(2, -1, -1).transpose(1, 2))[:1, 0]
+    return torch.bmm(x[:, None, :], S.transpose(1, 2))[:, 0]
 
 
 def _tiles(

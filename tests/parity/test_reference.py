@@ -58,6 +58,18 @@ def test_a_multi_head_model_agrees_with_float64(synthetic_file: Path) -> None:
         assert (state[name] - tensor).abs().max() <= 2e-5 * tensor.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_agrees_with_float64(synthetic_file: Path) -> None:
+    """On CUDA too, prompts and the state come out as the reference says."""
+    token_ids = prompt(80, seed=1)
+    expected, expected_state = reference_run(open_weights(synthetic_file), token_ids)
+    logits, state = logits_after(load_model(synthetic_file, torch.device("cuda"), "float32"), token_ids)
+    assert (logits.cpu() - expected).abs().max() <= 2e-5 * expected.abs().max()
+    for name, tensor in expected_state.items():
+        assert (state[name] - tensor).abs().max() <= 2e-5 * tensor.abs().max()
+
+
 def test_the_head_norm_eps_of_the_caller_is_used(synthetic_file: Path) -> None:
     """An epsilon other than the official one gives the reference's logits for that epsilon, and others than without."""
     token_ids = prompt(12, seed=2)
