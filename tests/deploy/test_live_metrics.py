@@ -51,12 +51,23 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A Prometheus that watched a server hold some conversations."""
     directory = tmp_path_factory.mktemp("live")
     with (
-        ServerProcess(tiny_model, directory / "data") as server,
+        ServerProcess(tiny_model, directory / "data", "--num-threads", "1") as server,
         PrometheusServer(directory, f"127.0.0.1:{server.port}") as prometheus,
     ):
         prometheus.wait_for_scrapes(2)
-        talk = ["--users", "3", "--turns", "18", "--conversation-turns", "3", "--max-tokens", "8", "--quiet"]
-        assert loadtest(["--url", server.url, *talk]) == 0
+        talk = [
+            "--users",
+            "3",
+            "--turns",
+            "18",
+            "--conversation-turns",
+            "3",
+            "--prompt-words",
+            "1-3",
+            "--max-tokens",
+            "8",
+        ]
+        assert loadtest(["--url", server.url, "--quiet", *talk]) == 0
         prometheus.wait_for_scrapes(5)
         yield prometheus
 
