@@ -199,8 +199,13 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Tokens consumed by the engine",
-            {"prefill": rate("rwkv_prefill_tokens_total"), "decode": rate("rwkv_decode_tokens_total")},
+            {
+                "prefill": rate("rwkv_prefill_tokens_total"),
+                "decode": rate("rwkv_decode_tokens_total"),
+                "settling": rate("rwkv_settled_tokens_total"),
+            },
             stacked=True,
+            description="Settling: the last delivered tokens, consumed after the end so that the state includes them.",
         ),
         Panel(
             "Sequences ended", {"{{reason}}": rate("rwkv_sequences_finished_total", "reason")}, "reqps", stacked=True
@@ -222,9 +227,19 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Sequences",
             {"running": total("rwkv_sequences_running"), "waiting": total("rwkv_sequences_waiting")},
-            width=12,
         ),
-        Panel("Slots of the state pool", {"{{status}}": total("rwkv_state_slots", "status")}, width=12, stacked=True),
+        Panel("Slots of the state pool", {"{{status}}": total("rwkv_state_slots", "status")}, stacked=True),
+        Panel(
+            "Trouble",
+            {
+                "device failed": rate("rwkv_engine_errors_total"),
+                "not a number": rate("rwkv_numerical_errors_total"),
+                "engine replaced": f"sum (changes({series('rwkv_engine_restarts')}[$__rate_interval]))",
+                "no spare slot for a stop string": rate("rwkv_snapshots_missed_total"),
+                "bytes before a stop string lost": rate("rwkv_stop_bytes_lost_total"),
+            },
+            "ops",
+        ),
     ],
     "Conversations": [
         Panel(
@@ -263,20 +278,30 @@ ROWS: dict[str, list[Panel]] = {
             },
             "Bps",
         ),
-        Panel("States held in memory", {"bytes": total("rwkv_hot_state_bytes")}, "bytes", width=6),
-        Panel("Size of one state", {"bytes": f"max ({series('rwkv_state_bytes')})"}, "bytes", width=6),
-        Panel("States waiting to be written", {"{{instance}}": series("rwkv_checkpoints_pending")}, width=6),
         Panel(
-            "States that did not serve",
+            "Checkpoints that did not serve",
             {
                 "not written: {{reason}}": rate("rwkv_checkpoint_failures_total", "reason"),
                 "damaged or of another model": rate("rwkv_checkpoints_rejected_total"),
                 "missing": rate("rwkv_checkpoints_missing_total"),
-                "dropped from memory": rate("rwkv_hot_state_evictions_total"),
+                "not delivered by the store": rate("rwkv_checkpoints_unavailable_total"),
             },
             "ops",
-            width=6,
         ),
+        Panel(
+            "States that left memory",
+            {
+                "to make room": rate("rwkv_hot_state_evictions_total"),
+                "too large": rate("rwkv_hot_states_dropped_total"),
+                "not kept at the end": rate("rwkv_states_lost_total"),
+                "built again for a stop string": rate("rwkv_state_rebuilds_total"),
+                "could not be had": rate("rwkv_states_unavailable_total"),
+            },
+            "ops",
+        ),
+        Panel("States waiting to be written", {"{{instance}}": series("rwkv_checkpoints_pending")}),
+        Panel("States held in memory", {"bytes": total("rwkv_hot_state_bytes")}, "bytes", width=12),
+        Panel("Size of one state", {"bytes": f"max ({series('rwkv_state_bytes')})"}, "bytes", width=12),
     ],
     "HTTP": [
         Panel("Requests", {"{{route}} {{status}}": rate(REQUESTS, "route, status", ASKED)}, "reqps", stacked=True),

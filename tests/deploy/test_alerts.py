@@ -44,6 +44,9 @@ HEALTHY = {
     "rwkv_checkpoints_pending": "=0 4",
     "rwkv_checkpoints_rejected_total": "0",
     "rwkv_numerical_errors_total": "0",
+    "rwkv_engine_errors_total": "0",
+    "rwkv_engine_restarts": "=2",
+    "rwkv_checkpoints_unavailable_total": "0",
 }
 TTFT, ITL = (
     f"rwkv_{name}_seconds_bucket{{{labels}}}"
@@ -82,6 +85,9 @@ STORIES: dict[str, tuple[dict[str, str | None], set[str]]] = {
     "the server does not answer": ({"up": "=0"}, {"ServerDown"}),
     "no server is known": ({"up": None}, {"ServerDown"}),
     "the engine is gone": ({"rwkv_engine_up": "=0"}, {"EngineDown"}),
+    "the engine was replaced": ({"rwkv_engine_restarts": "=2 3"}, {"EngineReplaced"}),
+    "the device fails": ({"rwkv_engine_errors_total": "1"}, {"EngineErrors"}),
+    "states cannot be read": ({"rwkv_checkpoints_unavailable_total": "1"}, {"StateStoreSilent"}),
     "the engine makes no step": ({"rwkv_engine_steps_total": "0"}, {"EngineStuck"}),
     "requests fail": ({'rwkv_http_requests_total{route="/v1/completions",status="500"}': "50"}, {"RequestsFailing"}),
     "the ledger is away": ({'rwkv_errors_total{code="store_unavailable"}': "3"}, {"LedgerUnavailable"}),
