@@ -53,7 +53,8 @@ class ServerProcess:
     def start(self) -> None:
         """Start it and wait until it is healthy."""
         command = [sys.executable, "-m", "server", "serve", str(self.model), "--port", str(self.port)]
-        command += ["--data-dir", str(self.data_dir), "--served-model-name", "test", *self.options]
+        command += ["--data-dir", str(self.data_dir), "--served-model-name", "test", "--num-threads", "1"]
+        command += self.options
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + START_SECONDS

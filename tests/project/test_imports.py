@@ -31,14 +31,14 @@ SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Yield the full name of every module that `path` imports, wherever in the file."""
+    """Yield the full name of all that `path` imports, modules and what it takes from them, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; say where it comes from"
             assert node.module is not None
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def is_within(module: str, packages: tuple[str, ...]) -> bool:
