@@ -1,3 +1,4 @@
+-- Appends the turn and ends the lease.
 -- ARGV: fence, version, chain, number of tokens, request id, turn record, time a tombstone lasts
 -- Returns {'ok'}, {'lost'}, {'conflict', version} or {'corrupt'}. Nothing is written unless it is 'ok'.
 local now = now_ms()

@@ -137,5 +137,4 @@ async def append(ledger: Ledger, conversation_id: str, request_id: str = "reques
     lease, head = await ledger.acquire(conversation_id, "server", LEASE_TTL)
     turn = next_turn(head, request_id)
     await ledger.commit(lease, turn)
-    await ledger.release(lease)
     return turn

@@ -226,14 +226,18 @@ async def test_a_turn_must_follow_the_head(ledger: Ledger) -> None:
     await ledger.commit(lease, next_turn(head))
 
 
-async def test_one_lease_can_commit_several_turns(ledger: Ledger) -> None:
-    """A commit keeps the lease."""
+async def test_a_commit_ends_the_lease(ledger: Ledger) -> None:
+    """After a commit the conversation can be acquired at once, and the lease is good for nothing more."""
     lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
     first = next_turn(head)
     await ledger.commit(lease, first)
-    with pytest.raises(ConversationBusy):
-        await ledger.acquire(ID, "other", LEASE_TTL)
-    await ledger.commit(lease, next_turn(first))
+    with pytest.raises(LeaseLost):
+        await ledger.commit(lease, next_turn(first))
+    with pytest.raises(LeaseLost):
+        await ledger.renew(lease)
+    second, head = await ledger.acquire(ID, "other", LEASE_TTL)
+    await ledger.release(lease)
+    await ledger.commit(second, next_turn(head))
     assert (await ledger.get(ID)).version == 2
 
 
@@ -252,7 +256,12 @@ async def test_another_turn_of_the_same_version_is_no_repetition(ledger: Ledger)
     """The same tokens under another request, or other tokens under the same request, are another turn."""
     lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
     await ledger.commit(lease, next_turn(head, "request"))
-    for turn in (next_turn(head, "other"), next_turn(head, "request", output_ids=(8,))):
+    others = (next_turn(head, "other"), next_turn(head, "request", output_ids=(8,)))
+    for turn in others:
+        with pytest.raises(LeaseLost):
+            await ledger.commit(lease, turn)
+    lease, _ = await ledger.acquire(ID, "server", LEASE_TTL)
+    for turn in others:
         with pytest.raises(VersionConflict):
             await ledger.commit(lease, turn)
 

@@ -213,6 +213,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert answer is None
             entry.turns.append(turn)
             entry.expires_at = self.model.now + TTL
+            entry.fence = None
 
     @rule(attempt=turns, digit=st.sampled_from("abcdef"))
     def point(self, attempt: tuple[Lease, Turn], digit: str) -> None:

@@ -243,20 +243,21 @@ async def test_operations_whose_reply_is_lost_happen_once(lasting_redis: RedisSe
             lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
             turn = next_turn(head)
             proxy.lose_next_reply()
-            await ledger.commit(lease, turn)
-            proxy.lose_next_reply()
             await ledger.renew(lease)
+            proxy.lose_next_reply()
+            await ledger.commit(lease, turn)
             proxy.lose_next_reply()
             assert await ledger.point(ID, 1, checkpoint_of(turn, "a")) is None
             proxy.lose_next_reply()
-            await ledger.release(lease)
-            proxy.lose_next_reply()
             assert await ledger.turns(ID) == [turn]
-            assert proxy.num_lost == 7
             lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
             assert head.checkpoint == checkpoint_of(turn, "a")
+            proxy.lose_next_reply()
+            await ledger.release(lease)
+            await ledger.acquire(ID, "server", LEASE_TTL)
             with pytest.raises(ConversationBusy):
                 await ledger.acquire(ID, "other", LEASE_TTL)
+        assert proxy.num_lost == 7
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
