@@ -156,6 +156,14 @@ REQUEST, AUTH, CONFLICT, SERVER, OVERLOAD = (
     "overloaded_error",
 )
 
+CORRUPT = Rule(
+    500,
+    SERVER,
+    "state_corrupt",
+    "The conversation's log is damaged; nothing was generated from it.",
+    "conversation",
+)
+
 ANSWERS: dict[type[Exception], Rule] = {
     BadRequest: Rule(400, REQUEST, "invalid_value", refine=_with_field),
     engine.InvalidRequest: Rule(400, REQUEST, "invalid_value", refine=_with_engine_field),
@@ -193,13 +201,8 @@ ANSWERS: dict[type[Exception], Rule] = {
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
-    turns.LogCorrupt: Rule(
-        500,
-        SERVER,
-        "state_corrupt",
-        "The conversation's log is damaged; nothing was generated from it.",
-        "conversation",
-    ),
+    turns.LogCorrupt: CORRUPT,
+    ledger.LedgerCorrupt: CORRUPT,
     engine.NumericalError: Rule(
         500, SERVER, "numerical_error", "The model produced a value that is not a number; nothing was applied."
     ),

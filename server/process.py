@@ -19,7 +19,7 @@ from server.settings import Settings
 logger = logging.getLogger(__name__)
 
 # After the drain nothing should be left; a connection that will not close does not keep the process.
-CLOSE_SECONDS = 5
+CLOSE_SECONDS = 1
 
 
 def serve(settings: Settings) -> int:

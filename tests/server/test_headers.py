@@ -1,0 +1,34 @@
+"""What every reply carries."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+import pytest
+
+
+@pytest.mark.parametrize("request_id", ["abc", "A-b_9", "x" * 64])
+def test_a_fit_request_id_is_kept(http: httpx.Client, request_id: str) -> None:
+    """Clients may correlate by their own ids."""
+    assert http.get("/health", headers={"x-request-id": request_id}).headers["x-request-id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "a b", 'a"b', "a;b", "é"])
+def test_an_unfit_request_id_is_replaced(http: httpx.Client, request_id: str) -> None:
+    """Nothing that a log or a header could be confused by is passed on."""
+    headers = {"x-request-id": request_id.encode("latin-1")}
+    assert re.fullmatch("[0-9a-f]{32}", http.get("/health", headers=headers).headers["x-request-id"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/health"), ("GET", "/nowhere"), ("POST", "/v1/completions"), ("GET", "/v1/models")]
+)
+def test_every_reply_says_who_it_is_and_how_long_it_took(http: httpx.Client, method: str, path: str) -> None:
+    """Refusals too."""
+    headers = http.request(method, path).headers
+    assert headers["x-request-id"]
+    assert int(headers["openai-processing-ms"]) >= 0
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    assert "server" not in headers
