@@ -85,7 +85,7 @@ class AsyncEngine:
         self._on_report = on_report
         self._ready: EngineReady | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._saves: defaultdict[bytes, list[asyncio.Future[CheckpointStored]]] = defaultdict(list)
+        self._saves: defaultdict[bytes, list[asyncio.Future[CheckpointStored]]] = defaultdict(list)  # oldest first
         self._drained: list[asyncio.Future[None]] = []
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._socket: zmq.asyncio.Socket | None = None
@@ -158,9 +158,7 @@ class AsyncEngine:
             self._send(SaveState(chain, num_tokens))
             return await stored
         finally:
-            self._saves[chain].remove(stored)
-            if not self._saves[chain]:
-                del self._saves[chain]
+            self._forget_save(chain, stored)
 
     def forget_state(self, chain: bytes) -> None:
         """Drop a kept state from the engine's memory."""
@@ -247,14 +245,31 @@ class AsyncEngine:
     def _report(self, report: StepReport) -> None:
         for event in report.events:
             if isinstance(event, CheckpointStored):
-                _resolve(self._saves.get(event.ref.chain, ()), event)
+                _resolve(self._oldest_save(event.ref.chain), event)
             elif isinstance(event, CheckpointFailed):
-                _reject(self._saves.get(event.chain, ()), _checkpoint_failure(event))
+                _reject(self._oldest_save(event.chain), _checkpoint_failure(event))
             elif (mailbox := self._mailboxes.get(event.request_id)) is not None:
                 mailbox.put(event)
         self.latest_stats = report.stats or self.latest_stats
         if self._on_report is not None:
             self._on_report(report)
+
+    def _oldest_save(self, chain: bytes) -> list[asyncio.Future[CheckpointStored]]:
+        """Return, as a list of at most one, the save that an answer is for: every save has an answer of its own.
+
+        Conversations with equal histories have equal states; each gets a checkpoint that it can delete alone.
+        """
+        waiting = self._saves.get(chain, ())
+        oldest = [*waiting[:1]]
+        for stored in oldest:
+            self._forget_save(chain, stored)
+        return oldest
+
+    def _forget_save(self, chain: bytes, stored: asyncio.Future[CheckpointStored]) -> None:
+        if stored in self._saves[chain]:
+            self._saves[chain].remove(stored)
+        if not self._saves[chain]:
+            del self._saves[chain]
 
     def _fail_all(self, error: EngineError) -> None:
         for mailbox in self._mailboxes.values():

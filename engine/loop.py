@@ -167,7 +167,7 @@ class EngineLoop:
             case SaveState():
                 self._saves.add(client, command)
             case ForgetState(chain=chain):
-                self._hot_states.forget(chain)
+                self._scheduler.forget(chain)
             case DeleteCheckpoints(checkpoint_ids=checkpoint_ids):
                 self._checkpointer.delete(checkpoint_ids)
             case Drain(timeout_seconds=timeout_seconds):

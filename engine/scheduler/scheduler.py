@@ -159,6 +159,13 @@ class Scheduler:
         for key in list(self._by_key):
             self.abort(*key)
 
+    def forget(self, chain: bytes) -> None:
+        """Keep the state behind `chain` no longer, or not at all if it still settles."""
+        self._hot_states.forget(chain)
+        for sequence in [sequence for sequence in self._seated if sequence.phase is Phase.SETTLING]:
+            if sequence.chain == chain:
+                self._release(sequence)
+
     def _check(self, client: bytes, request: GenerationRequest) -> None:
         if self.draining:
             raise EngineDraining("the engine finishes what it runs and takes no new work")

@@ -71,6 +71,7 @@ class Sequence:
         self.num_delivered = 0
         self.num_lost_bytes = 0  # before a stop string, that no token could spell
         self.chain = request.source.chain  # of the source, the consumed prompt and the delivered tokens
+        self._prompt_start = self._prompt_end = 0  # where the prompt lies on the tape
         self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
         self._gate = OutputGate(vocabulary, request.stop.stop_strings)
 
@@ -113,19 +114,12 @@ class Sequence:
     def _may_overshoot(self) -> bool:
         return self.request.keep_state and bool(self.request.stop.stop_strings)
 
-    @property
-    def _prompt_start(self) -> int:
-        return len(self.origin.replay_ids)
-
-    @property
-    def _prompt_end(self) -> int:
-        return self._prompt_start + len(self.request.prompt_ids)
-
     def begin(self, origin: Origin) -> None:
         """Lay out the tape, now that the slot has the origin's state."""
         # Only a sequence that may overshoot can ever return to its origin; others need not hold on to its memory.
         self.origin = origin if self._may_overshoot else replace(origin, state=None)
         self.tape = [*origin.replay_ids, *self.request.prompt_ids]
+        self._prompt_start, self._prompt_end = len(origin.replay_ids), len(self.tape)
         self.phase = Phase.RUNNING
 
     def next_chunk(self, num_tokens: int) -> Chunk:

@@ -319,6 +319,20 @@ def test_a_sequence_that_waits_for_a_state_does_not_hold_up_others() -> None:
     assert other.started is not None
 
 
+def test_a_state_that_is_forgotten_while_it_settles_is_never_kept() -> None:
+    """A conversation that is deleted right after its turn leaves nothing in memory."""
+    simulation = Simulation()
+    client = simulation.submit(request_of("a", [0, 1, 2], max_tokens=3))
+    while client.last is None:
+        simulation.step()
+    chain = source_of(client.full_history).chain
+    assert simulation.scheduler.is_settling(chain)
+    simulation.scheduler.forget(chain)
+    simulation.run()
+    assert len(simulation.hot_states) == 0
+    simulation.check_at_rest()
+
+
 # -- who runs ---------------------------------------------------------------------------------------------------------
 
 
