@@ -31,7 +31,7 @@ class Progress(msgspec.Struct, kw_only=True):
     step: int = 0  # optimizer steps taken, skipped ones included: the next one's number
     num_tokens: int = 0
     num_skipped: int = 0  # steps whose gradients were not finite
-    best_loss: float = float("inf")
+    best_loss: float | None = None
     seconds: float = 0.0
 
 

@@ -79,6 +79,7 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     recompute: bool = False
     eval_every: int = 200
     eval_rows: int = 32  # of each source
+    num_probes: int = 0  # of recall, at each distance: for models of our own dialogues
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -195,11 +195,14 @@ def _draw(talk: _Talk, kind: Kind) -> Fact:
 
 
 def _invented_name(rng: random.Random) -> str:
-    """A name of two or three syllables: copying it cannot be learnt by heart."""
-    name = rng.choice(_ONSETS) + rng.choice(_VOWELS)
-    for _ in range(rng.choice((1, 1, 2))):
-        name += rng.choice("bdfgklmnprstvz") + rng.choice(_VOWELS)
-    return name + rng.choice(_ENDINGS)
+    """A name of two or three syllables, none of those held out: copying it cannot be learnt by heart."""
+    while True:
+        name = rng.choice(_ONSETS) + rng.choice(_VOWELS)
+        for _ in range(rng.choice((1, 1, 2))):
+            name += rng.choice("bdfgklmnprstvz") + rng.choice(_VOWELS)
+        name += rng.choice(_ENDINGS)
+        if name not in values("names", "held out") and name not in values("pet_names", "held out"):
+            return name
 
 
 def _tell(talk: _Talk, count: int) -> None:

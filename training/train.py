@@ -155,16 +155,17 @@ def train(
             _write(sinks, progress.step, values)
         last = now
         if rank == 0 and (progress.step % run.eval_every == 0 or progress.step == run.num_steps):
-            values = evaluate(model, codec, dataset.held_out, token_bytes, run.eval_rows)
+            values = evaluate(model, codec, dataset.held_out, token_bytes, run.eval_rows, run.num_probes)
             _write(sinks, progress.step, values)
             tqdm.write(f"{progress.step:6d} " + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
-            if values["eval/loss"] < progress.best_loss:
+            if progress.best_loss is None or values["eval/loss"] < progress.best_loss:
                 progress.best_loss = values["eval/loss"]
                 save_weights(model.state_dict(), run_dir / "best.safetensors")
             last = time.monotonic()
         if progress.step % run.checkpoint_every == 0:
             save()
     save()
+    stop.restore()
     bar.close()
     for sink in sinks:
         sink.close()
@@ -211,9 +212,9 @@ def take_step(
 
 
 def evaluate(
-    model: Rwkv7, codec: Tokenizer, held_out: dict[str, Rows], token_bytes: Tensor, max_rows: int, num_probes: int = 24
+    model: Rwkv7, codec: Tokenizer, held_out: dict[str, Rows], token_bytes: Tensor, max_rows: int, num_probes: int
 ) -> dict[str, float]:
-    """Loss and bits per byte of every source and of all, and recall if the model can chat."""
+    """Loss and bits per byte of every source and of all, and recall by `num_probes` probes a distance."""
     values: dict[str, float] = {}
     nats = weight = num_bytes = 0.0
     for name, rows in held_out.items():
@@ -259,10 +260,14 @@ class _StopFlag:
     def __init__(self, started: float, max_minutes: float | None) -> None:
         self._deadline = started + 60 * max_minutes if max_minutes is not None else float("inf")
         self._signalled = False
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, _signal: int, _frame: object) -> None:
         self._signalled = True
+
+    def restore(self) -> None:
+        """Give SIGTERM back to whoever had it."""
+        signal.signal(signal.SIGTERM, self._previous)
 
     def wanted(self, num_processes: int) -> bool:
         """Say whether any process wants to stop."""

@@ -16,7 +16,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def test_outputs_and_gradients_over_thousands_of_tokens() -> None:
-    """4,096 float32 tokens give the float64 recurrence's outputs to 2e-6 and gradients to 1e-5, at the decay's floor too."""
+    """4,096 float32 tokens give the float64 outputs to 2e-6 and gradients to 1e-5, at the decay's floor too."""
     inputs = _inputs(4096, seed=1)
     inputs[1][:, :, 1] = FLOOR  # the second head forgets as fast as RWKV-7 can
     state = _normal(2, 1, 2, N, N)
@@ -142,7 +142,7 @@ def _recurrence(
 
 
 def _inputs(num_tokens: int, seed: int, rows: int = 1) -> Inputs:
-    """Two heads as an RWKV-7 layer feeds them: unit removal keys, learning rates in (0, 1), decays from the floor to 1."""
+    """Two heads as an RWKV-7 layer feeds them: unit removal keys, rates in (0, 1), decays from the floor to 1."""
     r, w, k, v, removal, rate = _normal(seed, 6, rows, num_tokens, 2, N).unbind()
     removal = normalize(removal, dim=3)
     return r, FLOOR * torch.sigmoid(3 * w), 0.1 * k, v, -removal, removal * torch.sigmoid(rate)
