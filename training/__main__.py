@@ -85,8 +85,8 @@ def tokenize(config: TrainConfig, run_dir: Path, data_dir: Path) -> None:
             for document in read_documents(source, data_dir, config.run.seed)
         )
         train_tokenizer(texts, config.model.vocab_size).save(str(path))
-    for name, rows in prepare_data(config, run_dir, data_dir).training.items():
-        print(f"{name}: {len(rows)} rows, {rows.num_tokens} tokens")
+    for name, num_tokens in prepare_data(config, run_dir, data_dir).sizes.items():
+        print(f"{name}: {num_tokens} tokens")
 
 
 def _train(options: argparse.Namespace) -> None:

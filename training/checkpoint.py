@@ -1,6 +1,6 @@
 """Checkpoints of a run: the model as any RWKV-7 loader reads it, and apart from it what resuming needs.
 
-    RUN/step-00000200/model.safetensors      weights, official names, float32
+    RUN/step-00000200/model.safetensors      what is trained: all weights by their official names, or the adapter
                      /trainer.safetensors    optimizer moments, random number generators
                      /trainer.json           step, counters, scaler, best loss, configuration
 
@@ -9,6 +9,7 @@ A directory is written under another name and renamed when it is complete, so wh
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -22,6 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.adapters import load_trained_weights, trained_weights
+from training.config import TrainConfig
+from training.model import TrainingState
+
 _MODEL, _TRAINER, _FACTS = "model.safetensors", "trainer.safetensors", "trainer.json"
 
 
@@ -34,6 +39,13 @@ class Progress(msgspec.Struct, kw_only=True):
     best_loss: float | None = None
     seconds: float = 0.0
 
+    def add(self, num_tokens: int, grad_norm: float, seconds: float) -> None:
+        """Count a step."""
+        self.step += 1
+        self.num_tokens += num_tokens
+        self.seconds += seconds
+        self.num_skipped += not math.isfinite(grad_norm)
+
 
 class TrainerFacts(msgspec.Struct, kw_only=True):
     """The part of a checkpoint that is not tensors."""
@@ -43,7 +55,7 @@ class TrainerFacts(msgspec.Struct, kw_only=True):
     scaler: dict[str, float] | None
     python_random: tuple[int, list[int], float | None]
     numpy_random: tuple[str, list[int], int, int, float]
-    config: dict[str, Any]
+    config: TrainConfig
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
@@ -61,7 +73,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     progress: Progress,
-    config: dict[str, Any],
+    carried: TrainingState | None,
+    config: TrainConfig,
     keep: int,
 ) -> Path:
     """Write `RUN/step-N` and remove all but the newest `keep`. Returns its path."""
@@ -69,10 +82,12 @@ def save_checkpoint(
     partial = run_dir / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_weights(model.state_dict(), partial / _MODEL)
+    save_weights(trained_weights(model), partial / _MODEL)
     state = optimizer.state_dict()
     tensors = {f"{index}.{key}": value for index, slots in state["state"].items() for key, value in slots.items()}
     tensors["torch_random"] = torch.get_rng_state()
+    if carried is not None:
+        tensors |= {"carried_wkv": carried.wkv, "carried_shift": carried.shift}
     if torch.cuda.is_available():
         tensors["cuda_random"] = torch.cuda.get_rng_state()
     save_weights(tensors, partial / _TRAINER)
@@ -98,15 +113,22 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
-) -> Progress:
-    """Put model, optimizer, scaler and random number generators into the state that was saved."""
+) -> tuple[Progress, TrainingState | None]:
+    """Put model, optimizer, scaler and random number generators into the state that was saved.
+
+    Returns what the run has done, and the recurrent states that its rows carry on with, if they do.
+    """
     facts = msgspec.json.decode((path / _FACTS).read_bytes(), type=TrainerFacts)
-    model.load_state_dict(load_file(path / _MODEL))
+    load_trained_weights(model, load_file(path / _MODEL))
     tensors = load_file(path / _TRAINER)
     torch.set_rng_state(tensors.pop("torch_random"))
     cuda_random = tensors.pop("cuda_random", None)
     if cuda_random is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_random)
+    carried = None
+    if "carried_wkv" in tensors:
+        device = next(model.parameters()).device
+        carried = TrainingState(tensors.pop("carried_wkv").to(device), tensors.pop("carried_shift").to(device))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -117,7 +139,12 @@ def load_checkpoint(
     version, internal, gauss = facts.python_random
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(facts.numpy_random)  # type: ignore[arg-type]
-    return facts.progress
+    return facts.progress, carried
+
+
+def saved_config(path: Path) -> TrainConfig:
+    """The configuration that a checkpoint was made with."""
+    return msgspec.json.decode((path / _FACTS).read_bytes(), type=TrainerFacts).config
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -86,6 +86,16 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     wandb: bool = False
 
 
+class TuneSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is trained: the whole model, its initial states, or low-rank additions."""
+
+    method: Literal["full", "state", "lora"] = "full"
+    base: str = ""  # the model to begin with: a file or directory; none: a new one
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("receptance", "key", "value", "output")
+
+
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole run."""
 
@@ -93,6 +103,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     run: RunSection
+    tune: TuneSection = TuneSection()
 
     @staticmethod
     def load(path: Path) -> TrainConfig:

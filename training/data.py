@@ -90,6 +90,12 @@ class Span:
     size: int
 
 
+def one_per_row(table: TokenTable, documents: Sequence[int], row_tokens: int) -> list[list[Span]]:
+    """Give each document a row of its own, cut where the row ends: for training the state that documents begin with."""
+    sizes = (table.offsets[1:] - table.offsets[:-1]).tolist()
+    return [[Span(document, 0, min(row_tokens - 1, sizes[document]))] for document in documents]
+
+
 def pack(table: TokenTable, documents: Sequence[int], row_tokens: int, seed: int) -> list[list[Span]]:
     """Put whole documents into rows of `row_tokens` inputs, each document with one end-of-text id before it.
 
@@ -137,10 +143,10 @@ class Batch:
 
 
 class Rows:
-    """The packed rows of one source."""
+    """The packed rows of one source. Without `resets`, a row begins with whatever state the model begins with."""
 
-    def __init__(self, table: TokenTable, rows: list[list[Span]], row_tokens: int) -> None:
-        self._table, self._rows, self._row_tokens = table, rows, row_tokens
+    def __init__(self, table: TokenTable, rows: list[list[Span]], row_tokens: int, *, resets: bool = True) -> None:
+        self._table, self._rows, self._row_tokens, self._resets = table, rows, row_tokens, resets
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -171,7 +177,7 @@ class Rows:
             at += span.size
         if at < len(ids):
             weights[at], resets[at] = 1.0, True
-        return ids, weights, resets
+        return ids, weights, resets & self._resets
 
 
 def stack(rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]]) -> Batch:
@@ -214,6 +220,45 @@ class Mixture:
             self._orders = {other: order for other, order in self._orders.items() if other[0] != source}
             self._orders[key] = np.random.default_rng([self._seed, 2, *key]).permutation(len(self._sources[source]))
         return self._orders[key]
+
+
+class Lanes:
+    """All documents as parallel streams: row b of a step goes on where row b of the step before ended.
+
+    For truncated backpropagation through time. The streams are a pure function of the seed; after the last whole row
+    they begin again. Sources' weights have no meaning here, since every document is read once a pass.
+    """
+
+    def __init__(self, tables: Sequence[tuple[TokenTable, Sequence[int]]], data: DataSection, seed: int) -> None:
+        documents = [(table, document) for table, chosen in tables for document in chosen]
+        order = np.random.default_rng([seed, 3]).permutation(len(documents)).tolist()
+        ids, weights, begins, size = [], [], [], 0
+        for table, document in (documents[index] for index in order):
+            span = slice(int(table.offsets[document]), int(table.offsets[document + 1]))
+            begins.append(size)
+            ids += [np.array([END_OF_TEXT_ID]), table.ids[span]]
+            weights += [np.array([1.0]), table.weights[span] / _WEIGHT_SCALE]
+            size += 1 + span.stop - span.start
+        self._ids = np.concatenate(ids).astype(np.int64)
+        self._weights = np.concatenate(weights).astype(np.float32)
+        self._resets = np.zeros(size, dtype=bool)
+        self._resets[begins] = True
+        self._row_tokens, self._num_lanes = data.row_tokens, data.rows_per_step
+        self.num_steps = (size // data.rows_per_step - 1) // data.row_tokens  # of one pass
+        if self.num_steps < 1:
+            raise ValueError(f"{size} tokens are too few for {data.rows_per_step} lanes of {data.row_tokens}")
+
+    def batch(self, step: int) -> Batch:
+        """Return the next row of every lane."""
+        position = step % self.num_steps * self._row_tokens
+        rows = []
+        for lane in range(self._num_lanes):
+            begin = lane * (len(self._ids) // self._num_lanes) + position
+            span = slice(begin, begin + self._row_tokens + 1)
+            resets = self._resets[span].copy()
+            resets[0] |= position == 0
+            rows.append((self._ids[span], self._weights[span], resets))
+        return stack(rows)
 
 
 def _share(weight: float | list[float], progress: NDArray[np.float64]) -> NDArray[np.float64]:

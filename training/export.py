@@ -9,26 +9,35 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.checkpoint import checkpoints, save_weights
+from training.adapters import adapt, load_trained_weights, merge
+from training.checkpoint import checkpoints, save_weights, saved_config
 from training.model import ModelShape, Rwkv7
 
-_MODEL, _TOKENIZER = "model.safetensors", "tokenizer.json"
+_MODEL, _STATE, _TOKENIZER = "model.safetensors", "time_state.safetensors", "tokenizer.json"
 
 
 def export(run_dir: Path, directory: Path, *, dtype: torch.dtype = torch.bfloat16, best: bool = False) -> Path:
     """Write the newest weights of a run, or its best, with its tokenizer into `directory`; returns the weights' path.
 
-    `sostenuto.json`, which names the chat template, is written where there is none.
+    A LoRA run is merged with its base. Of a state-tuned run only the states are written, as `time_state.safetensors` in
+    float32: its model is the base. `sostenuto.json`, which names the chat template, is written where there is none.
     """
-    if best:
-        source = run_dir / "best.safetensors"
-    else:
-        saved = checkpoints(run_dir)
-        if not saved:
-            raise FileNotFoundError(f"{run_dir} holds no checkpoint")
-        source = saved[-1] / _MODEL
     directory.mkdir(parents=True, exist_ok=True)
-    save_weights(load_file(source), directory / _MODEL, dtype)
+    saved = checkpoints(run_dir)
+    if not saved:
+        raise FileNotFoundError(f"{run_dir} holds no checkpoint")
+    tune = saved_config(saved[-1]).tune
+    weights = load_file(run_dir / "best.safetensors" if best else saved[-1] / _MODEL)
+    if tune.method == "state":
+        save_weights(weights, directory / _STATE)
+        return directory / _STATE
+    if tune.method == "lora":
+        model = load_model(Path(tune.base))
+        adapt(model, tune)
+        load_trained_weights(model, weights)
+        merge(model)
+        weights = model.state_dict()
+    save_weights(weights, directory / _MODEL, dtype)
     shutil.copyfile(run_dir / _TOKENIZER, directory / _TOKENIZER)
     notes = directory / "sostenuto.json"
     if not notes.exists():

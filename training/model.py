@@ -8,6 +8,7 @@ goes out, so the same module trains, carries a state from one window to the next
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,19 @@ class TrainingState:
         """The same state, through which no gradient flows back."""
         return TrainingState(self.wkv.detach(), self.shift.detach())
 
+    def split(self, num_rows: int) -> Iterator[TrainingState]:
+        """States of so many rows each."""
+        for wkv, shift in zip(
+            torch.split(self.wkv, num_rows, dim=1), torch.split(self.shift, num_rows, dim=2), strict=True
+        ):
+            yield TrainingState(wkv, shift)
+
+    @staticmethod
+    def join(states: Sequence[TrainingState]) -> TrainingState:
+        """The states of all rows in one."""
+        wkv = torch.cat([state.wkv for state in states], dim=1)
+        return TrainingState(wkv, torch.cat([state.shift for state in states], dim=2))
+
 
 class Rwkv7(nn.Module):
     """An RWKV-7 language model."""
@@ -70,14 +84,17 @@ class Rwkv7(nn.Module):
         gain = 0.5 * math.sqrt(max(1.0, shape.vocab_size / shape.width))
         nn.init.orthogonal_(self.head.weight, gain=gain)
 
-    def zero_state(self, num_rows: int) -> TrainingState:
-        """The state before the first token, for `num_rows` rows."""
-        L, H, N = self.shape.num_layers, self.shape.num_heads, self.shape.head_size
-        device = self.emb.weight.device
-        return TrainingState(
-            torch.zeros(L, num_rows, H, N, N, device=device),
-            torch.zeros(L, 2, num_rows, self.shape.width, device=device),
-        )
+    def initial_state(self, num_rows: int) -> TrainingState:
+        """The state before the first token, for `num_rows` rows: zero, or `time_state` where it is tuned."""
+        H, N = self.shape.num_heads, self.shape.head_size
+        zero = torch.zeros(H, N, N, device=self.emb.weight.device)
+        starts = [zero if layer.time_state is None else layer.time_state for layer in self.time_mixes()]
+        wkv = torch.stack(starts).unsqueeze(1).expand(-1, num_rows, -1, -1, -1)
+        return TrainingState(wkv, zero.new_zeros(self.shape.num_layers, 2, num_rows, self.shape.width))
+
+    def time_mixes(self) -> list[TimeMix]:
+        """The time mixing of every layer."""
+        return [block.att for block in self.blocks if isinstance(block, Block)]
 
     def compile_blocks(self) -> None:
         """Compile what training runs; evaluation and generation, whose shapes vary, stay as they are."""
@@ -91,7 +108,7 @@ class Rwkv7(nn.Module):
 
         `resets` [B, T] is true where a document begins: nothing before it reaches it.
         """
-        state = state if state is not None else self.zero_state(ids.shape[0])
+        state = state if state is not None else self.initial_state(ids.shape[0])
         x = self.emb(ids)
         v_first: Tensor | None = None
         wkvs, shifts = [], []
@@ -144,6 +161,8 @@ class TimeMix(nn.Module):
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.num_heads = shape.num_heads
+        self.time_state: nn.Parameter | None
+        self.register_parameter("time_state", None)  # [H, N(value), N(key)] when initial states are tuned
         C, H, N = shape.width, shape.num_heads, shape.head_size
         depth = layer / max(1, shape.num_layers - 1)  # 0 in the first layer, 1 in the last
         height = 1 - layer / shape.num_layers

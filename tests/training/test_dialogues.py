@@ -37,7 +37,7 @@ def test_held_out_values_are_never_told() -> None:
     """No training dialogue tells a held-out name, pet's name or city, not as an invented name either."""
     lists = ("names", "pet_names", "cities")
     unseen = {value for name in lists for value in values(name, "held out")}
-    told = {value.capitalize() for name in lexicon().values for value in values(name, "training")}  # Blue is a color too
+    told = {value.capitalize() for name in lexicon().values for value in values(name, "training")}  # Blue is a color
     tables = {word for table in lexicon().tables.values() for word in table.values()}  # capitals are common knowledge
     text = " ".join(message["content"] for level in LEVELS for i in range(300) for message in dialogue(level, 2, i))
     words = set("".join(character if character.isalnum() else " " for character in text).split())

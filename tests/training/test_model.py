@@ -83,7 +83,7 @@ def test_a_reset_is_a_fresh_start(model: Rwkv7, ids: Tensor) -> None:
     """A document inside a row gives what it gives in a row of its own."""
     resets = torch.zeros_like(ids, dtype=torch.bool)
     resets[:, [0, 45]] = True
-    inside, _ = model(ids, model.zero_state(2), resets)
+    inside, _ = model(ids, model.initial_state(2), resets)
     alone, _ = model(ids[:, 45:])
     torch.testing.assert_close(inside[:, 45:], alone, atol=1e-5, rtol=1e-5)
 

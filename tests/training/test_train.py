@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
-from training.data import Batch, Mixture
+from training.data import Batch
 from training.model import Rwkv7
 from training.optimizer import make_optimizer, set_learning_rate
-from training.train import LanguageModelLoss, prepare_data, take_step, train
+from training.step import LanguageModelLoss, StepResult, take_step
+from training.train import prepare_data, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,8 +35,7 @@ def run_dir(prepared: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def batch(config: TrainConfig, prepared: Path) -> Batch:
     """The rows of the first step."""
-    rows = prepare_data(config, prepared, Path()).training
-    return Mixture(rows, config.data, config.run.num_steps, config.run.seed).batch(0)
+    return prepare_data(config, prepared, Path()).training.batch(0)
 
 
 def test_training_learns(config: TrainConfig, run_dir: Path) -> None:
@@ -69,8 +70,8 @@ def test_accumulation_is_one_larger_batch(config: TrainConfig, batch: Batch, acc
     for parts in (1, accumulate):
         model, objective, optimizer = _made(config)
         cut = config.with_run(accumulate=parts)
-        loss, norm = take_step(objective, optimizer, _no_scaler(), batch, cut)
-        moved.append((float(loss), float(norm), model.state_dict()))
+        result = take_step(objective, optimizer, _no_scaler(), batch, cut)
+        moved.append((result.loss, result.grad_norm, model.state_dict()))
     assert moved[0][0] == pytest.approx(moved[1][0], rel=1e-5)
     assert moved[0][1] == pytest.approx(moved[1][1], rel=1e-4)
     # Adam's first step divides each gradient by its own size, so compare where that is not noise.
@@ -85,8 +86,8 @@ def test_a_step_that_is_not_finite_changes_nothing(config: TrainConfig, batch: B
     moments = {id(p): slots["exp_avg"].clone() for p, slots in optimizer.state.items()}
     bad = Batch(batch.inputs, batch.targets, batch.weights.clone(), batch.resets)
     bad.weights[0, 5] = float("inf")
-    _, norm = take_step(objective, optimizer, _no_scaler(), bad, config)
-    assert not norm.isfinite()
+    result = take_step(objective, optimizer, _no_scaler(), bad, config)
+    assert not math.isfinite(result.grad_norm)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     for p, slots in optimizer.state.items():
@@ -99,8 +100,8 @@ def test_half_precisions_train(config: TrainConfig, batch: Batch) -> None:
     for precision in ("float32", "bfloat16", "float16"):
         _, objective, optimizer = _made(config)
         scaler = torch.amp.GradScaler("cpu", enabled=precision == "float16", init_scale=1024.0)
-        loss, norm = take_step(objective, optimizer, scaler, batch, config.with_run(precision=precision))
-        results.append((float(loss), float(norm)))
+        result = take_step(objective, optimizer, scaler, batch, config.with_run(precision=precision))
+        results.append((result.loss, result.grad_norm))
     assert results[1] == pytest.approx(results[0], rel=2e-2)
     assert results[2] == pytest.approx(results[0], rel=2e-2)
 
@@ -112,7 +113,7 @@ def test_logit_penalty_scales_with_the_loss(config: TrainConfig, batch: Batch) -
         model, objective, _ = _made(
             msgspec.structs.replace(config, optimizer=msgspec.structs.replace(config.optimizer, logit_penalty=1.0))
         )
-        descent, _ = objective(batch.inputs, batch.targets, batch.weights, batch.resets, 100.0)
+        descent, _, _ = objective(batch, 100.0)
         (factor * descent).backward()
         gradients.append(model.head.weight.grad)
     assert gradients[0] is not None
@@ -161,7 +162,7 @@ def test_sigterm_ends_with_a_checkpoint(config: TrainConfig, run_dir: Path, monk
     """After SIGTERM the step under way is finished, and what it did is saved."""
     steps = []
 
-    def step(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(*arguments: object) -> StepResult:
         steps.append(1)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
