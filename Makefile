@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install serve test check format bench clean
+.PHONY: help install serve test check format train-default bench clean
 
 help:
 	@echo "make serve [MODEL=path] [ARGS='--port 8000']   start the server"
@@ -37,6 +37,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+train-default: install
+	$(BIN)/python -m training train --config models/default/train.toml --run runs/default --data $(DATA)
+	$(BIN)/python -m training export --run runs/default --to runs/default/model
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(ARGS)

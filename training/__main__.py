@@ -1,0 +1,153 @@
+"""`python -m training tokenize|train|export|eval|generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from training.config import TrainConfig
+
+_RECALL_DISTANCES = (1, 3, 5, 8, 12)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    options = _parser().parse_args(arguments)
+    match options.command:
+        case "tokenize":
+            tokenize(TrainConfig.load(options.config), options.run, options.data)
+        case "train":
+            _train(options)
+        case "export":
+            _export(options)
+        case "eval":
+            _evaluate(options)
+        case "generate":
+            _generate(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train RWKV-7 models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("tokenize", "make the vocabulary and the token tables of a run"),
+        ("train", "train, or go on from the newest checkpoint; run it under torchrun for several processes"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML; docs/training.md")
+        command.add_argument("--run", type=Path, required=True, metavar="DIR", help="of tokens, checkpoints and logs")
+        command.add_argument(
+            "--data", type=Path, default=Path(), metavar="DIR", help="that the sources' paths are below"
+        )
+        if name == "train":
+            command.add_argument("--max-minutes", type=float, help="stop with a checkpoint after this time")
+            command.add_argument("--steps", type=int, help="instead of the configuration's num_steps")
+            command.add_argument("--device", help="cpu, cuda, cuda:1")
+
+    command = commands.add_parser("export", help="write a run's weights and tokenizer as a model to serve")
+    command.add_argument("--run", type=Path, required=True, metavar="DIR")
+    command.add_argument("--to", type=Path, required=True, metavar="DIR")
+    command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    command.add_argument(
+        "--best", action="store_true", help="the lowest held-out loss instead of the newest checkpoint"
+    )
+
+    command = commands.add_parser("eval", help="measure a model; the last line is one JSON object")
+    command.add_argument("--model", type=Path, required=True, metavar="DIR")
+    command.add_argument("--lambada", type=Path, metavar="FILE", help="JSON lines with `text`")
+    command.add_argument("--passages", type=int, help="only the first so many")
+    command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte")
+    command.add_argument("--recall", type=int, metavar="N", help="probes of held-out facts at each distance")
+
+    command = commands.add_parser("generate", help="go on from a text, or answer a message")
+    command.add_argument("--model", type=Path, required=True, metavar="DIR")
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--chat", action="store_true", help="the prompt is a user's message")
+    command.add_argument("--max-tokens", type=int, default=128)
+    return parser
+
+
+def tokenize(config: TrainConfig, run_dir: Path, data_dir: Path) -> None:
+    """Make the vocabulary, if there is none, and every missing token table."""
+    from training.documents import read_documents
+    from training.tokenizer import train_tokenizer
+    from training.train import prepare_data
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / config.data.tokenizer
+    if not path.exists():
+        texts = (
+            "".join(piece.text for piece in document)
+            for source in config.data.sources
+            for document in read_documents(source, data_dir, config.run.seed)
+        )
+        train_tokenizer(texts, config.model.vocab_size).save(str(path))
+    for name, num_tokens in prepare_data(config, run_dir, data_dir).sizes.items():
+        print(f"{name}: {num_tokens} tokens")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from training.train import train
+
+    config = TrainConfig.load(options.config)
+    if options.steps is not None:
+        config = config.with_run(num_steps=options.steps)
+    if options.device is not None:
+        config = config.with_run(device=options.device)
+    tokenize(config, options.run, options.data)
+    progress = train(config, options.run, options.data, max_minutes=options.max_minutes)
+    print(f"{progress.step} steps, {progress.num_tokens} tokens, {progress.num_skipped} steps skipped")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from training.export import export
+
+    print(export(options.run, options.to, dtype=getattr(torch, options.dtype), best=options.best))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from training.benchmarks import lambada, read_passages, read_text, score_text
+    from training.evaluate import recall
+    from training.export import load_model
+    from training.tokenizer import load_tokenizer
+
+    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    results: dict[str, float] = {}
+    if options.lambada:
+        passages = read_passages(options.lambada)[: options.passages]
+        for protocol, prefixed in (("end_of_text_first", True), ("plain", False)):
+            score = lambada(model, codec, passages, prefix_end_of_text=prefixed)
+            results[f"lambada/{protocol}/accuracy"] = score.accuracy
+            results[f"lambada/{protocol}/perplexity"] = score.perplexity
+    if options.text:
+        results[f"bits_per_byte/{options.text.name}"] = score_text(model, codec, read_text(options.text)).bits_per_byte
+    for distance in _RECALL_DISTANCES if options.recall else ():
+        results[f"recall/{distance}"], _ = recall(model, codec, distance, options.recall)
+    for name, value in results.items():
+        print(f"{name:45} {value:.4f}")
+    print(json.dumps(results))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from training.data import END_OF_TEXT_ID
+    from training.evaluate import encode_prompt
+    from training.export import load_model
+    from training.generate import generate_greedy
+    from training.tokenizer import load_tokenizer
+
+    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    stop_ids = [END_OF_TEXT_ID]
+    if options.chat:
+        prompt = encode_prompt(codec, [{"role": "user", "content": options.prompt}])
+        stop_ids += codec.encode("\n\n").ids
+    else:
+        prompt = codec.encode(options.prompt).ids
+    [answer] = generate_greedy(model, [prompt or [END_OF_TEXT_ID]], options.max_tokens, stop_ids)
+    print(codec.decode(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""How good a model is: loss and bits per byte on documents it has not seen, and what it remembers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from training.data import Batch, Rows
+from training.dialogues import recall_probe
+from training.documents import BORDER, chat
+from training.generate import generate_greedy
+from training.model import Rwkv7
+
+_ROWS_AT_ONCE = 8
+_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A sum of losses and what it was summed over."""
+
+    nats: float
+    weight: float  # tokens, by their weights
+    num_bytes: float  # of text behind them, by the same weights
+
+    @property
+    def loss(self) -> float:
+        """Nats a token; NaN of nothing."""
+        return self.nats / self.weight if self.weight else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a byte of text, which unlike the loss does not depend on the tokenizer."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+@torch.no_grad()
+def score_rows(model: Rwkv7, rows: Rows, max_rows: int, token_bytes: Tensor) -> Score:
+    """Score the first `max_rows` rows. `token_bytes` [V] is the number of bytes of each token."""
+    was_training = model.training
+    model.eval()
+    device = model.emb.weight.device
+    nats = weight = num_bytes = 0.0
+    indices = range(min(max_rows, len(rows)))
+    for begin in range(0, len(indices), _ROWS_AT_ONCE):
+        batch = rows.batch(indices[begin : begin + _ROWS_AT_ONCE]).to(device)
+        losses, weights, targets = token_losses(model, batch)
+        nats += float((losses * weights).sum())
+        weight += float(weights.sum())
+        num_bytes += float((token_bytes.to(device)[targets] * weights).sum())
+    model.train(was_training)
+    return Score(nats, weight, num_bytes)
+
+
+def token_losses(model: Rwkv7, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the targets that count, their weights, and their ids: [number of them] each."""
+    x, _ = model(batch.inputs, None, batch.resets)
+    counts = batch.weights > 0
+    logits = model.logits(x[counts]).float()
+    return (
+        cross_entropy(logits, batch.targets[counts], reduction="none"),
+        batch.weights[counts],
+        batch.targets[counts],
+    )
+
+
+def recall(
+    model: Rwkv7, codec: Tokenizer, distance: int, num_probes: int, seed: int = 0
+) -> tuple[float, list[tuple[str, str]]]:
+    """The share of held-out facts that greedy answers name `distance` turns later, and every (expected, answer)."""
+    probes = [recall_probe(distance, seed, index) for index in range(num_probes)]
+    prompts = [encode_prompt(codec, probe.messages) for probe in probes]
+    stops = [0, codec.encode(BORDER, add_special_tokens=False).ids[0]]
+    answers = [codec.decode(ids) for ids in generate_greedy(model, prompts, _ANSWER_TOKENS, stops)]
+    pairs = [(probe.expected, answer) for probe, answer in zip(probes, answers, strict=True)]
+    return sum(names(answer, expected) for expected, answer in pairs) / num_probes, pairs
+
+
+def names(answer: str, expected: str) -> bool:
+    """Say whether the answer contains the value as whole words, whatever its capitals."""
+    padded = "".join(character if character.isalnum() else " " for character in answer.lower())
+    return f" {expected.lower()} " in f" {padded} "
+
+
+def encode_prompt(codec: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Encode a dialogue that waits for an answer, as the server does."""
+    pieces = [piece.text for piece in chat(messages, 0.0)] + [BORDER, "Assistant:"]
+    return [token for encoding in codec.encode_batch(pieces, add_special_tokens=False) for token in encoding.ids]
