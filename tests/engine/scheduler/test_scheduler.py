@@ -232,6 +232,20 @@ def test_a_state_that_left_memory_is_restored_from_its_checkpoint() -> None:
     assert resume(simulation, request, history) == (ResumeKind.RESTORED, 0)
 
 
+def test_only_a_fetched_state_takes_time_to_load() -> None:
+    """Zero means that no checkpoint was needed."""
+    simulation = Simulation()
+    history = first_turn(simulation)
+    ref = simulation.save(history)
+    simulation.submit(request_of("hot", [1], history), history)
+    simulation.run()
+    simulation.forget_everything()
+    simulation.submit(request_of("restored", [1], source=source_of(history, ref)), history)
+    simulation.run()
+    started = {name: client.started for name, client in simulation.clients.items()}
+    assert [name for name, event in started.items() if event is not None and event.load_seconds > 0] == ["restored"]
+
+
 def test_an_older_checkpoint_is_brought_up_to_date_by_replay() -> None:
     """The tokens after the checkpoint are consumed before the prompt, and it is said so."""
     simulation = Simulation()
