@@ -361,6 +361,17 @@ def test_a_long_prompt_never_makes_others_wait() -> None:
         assert [len(client.token_ids) for client in talking] == [num_steps] * 3
 
 
+def test_a_single_token_overtakes_a_long_prompt() -> None:
+    """What costs one token never waits for what costs many, even if that came first."""
+    simulation = Simulation(max_num_batched_tokens=8)
+    simulation.submit(request_of("long", [1] * 60, max_tokens=1))
+    simulation.step()
+    short = simulation.submit(request_of("short", [1], max_tokens=40))
+    for num_steps in range(1, 5):
+        assert simulation.step() == 8
+        assert len(short.token_ids) == num_steps
+
+
 def test_a_prompt_moves_on_even_when_the_budget_is_full_of_others() -> None:
     """The budget has a token for every seat, so the smallest one allowed still lets a prompt through."""
     simulation = Simulation(max_num_batched_tokens=4)
@@ -526,6 +537,15 @@ def test_an_abort_ends_a_sequence_in_any_phase(reach) -> None:  # type: ignore[n
     simulation.answer_fetches()
     simulation.run()
     assert len(simulation.hot_states) == 0
+
+
+def test_an_abort_calls_off_the_fetch() -> None:
+    """A checkpoint that nobody waits for any more need not be read."""
+    simulation = Simulation()
+    loading(simulation)
+    simulation.abort("a")
+    [(_, future)] = simulation.fetches
+    assert future.cancelled()
 
 
 def test_an_abort_after_the_end_changes_nothing() -> None:
