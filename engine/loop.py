@@ -53,7 +53,6 @@ _log = logging.getLogger(__name__)
 
 STATS_SECONDS = 1.0  # the longest silence
 MAX_COMMANDS_PER_STEP = 256
-MAX_UNREAD_REPORTS = 1 << 16  # a client so far behind is taken for dead
 MAX_FAULTS_IN_A_ROW = 3  # of a device that may have had a bad moment; after that it is gone
 
 
@@ -152,14 +151,16 @@ class EngineLoop:
             command = decode_command(data)
         except msgspec.DecodeError:
             _log.error("a message of %d bytes from a client is no command", len(data))
-        else:
+            return
+        if client in self._clients or isinstance(command, Hello):
             self._handle(client, command)
+        else:
+            _log.error("a %s from a client that did not say hello is ignored", type(command).__name__)
 
     def _handle(self, client: bytes, command: Command) -> None:
-        self._clients.add(client)
         match command:
-            case Hello():
-                self._greet(client, command)
+            case Hello(protocol_version=protocol_version):
+                self._greet(client, protocol_version)
             case Submit(request=request):
                 self._scheduler.submit(client, request)
             case Abort(request_id=request_id):
@@ -173,10 +174,11 @@ class EngineLoop:
             case Drain(timeout_seconds=timeout_seconds):
                 self._begin_drain(client, timeout_seconds)
 
-    def _greet(self, client: bytes, hello: Hello) -> None:
-        if hello.protocol_version != PROTOCOL_VERSION:
-            _log.error("a client speaks protocol %d, not %d", hello.protocol_version, PROTOCOL_VERSION)
+    def _greet(self, client: bytes, protocol_version: int) -> None:
+        if protocol_version != PROTOCOL_VERSION:
+            _log.error("a client speaks protocol %d, not %d", protocol_version, PROTOCOL_VERSION)
             return
+        self._clients.add(client)
         self._send(client, self._ready)
 
     def _lose(self, client: bytes) -> None:
@@ -223,7 +225,7 @@ class EngineLoop:
     def _send(self, client: bytes, event: Event) -> None:
         try:
             self._socket.send_multipart([client, encode(event)], zmq.NOBLOCK)
-        except zmq.ZMQError:  # not a word read for far too long, or not there any more
+        except zmq.ZMQError:  # it is not there any more
             self._lose(client)
 
     def _stats(self) -> EngineStats:
@@ -269,6 +271,6 @@ class EngineLoop:
 def _bind(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.ROUTER)
     socket.set(zmq.ROUTER_MANDATORY, 1)  # sending to a client that is gone raises, which is how we learn of it
-    socket.set(zmq.SNDHWM, MAX_UNREAD_REPORTS)
+    socket.set(zmq.SNDHWM, 0)  # a client that is stopped for a while misses nothing: what it asked for is finite
     socket.bind(endpoint)
     return socket

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 
 import zmq
@@ -39,6 +40,7 @@ def run_engine(
         context,
         endpoint,
     )
+    gc.freeze()  # what was loaded stays: collections need not look at it again
     loop.run(stop)
 
 

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import answer, is_our_fault
+from server.errors import Answer, answer, is_our_fault
 from server.generation import ChoiceEvent, Generation
 from server.metrics import HttpMetrics
 
@@ -111,11 +111,11 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(EventSourceResponse):
-    """A reply as it comes."""
+    """A reply as it comes: chunks and `[DONE]`, or chunks and an error."""
 
     def __init__(self, generation: Generation, writer: ReplyWriter[Part], metrics: HttpMetrics) -> None:
         super().__init__(
-            frames(generation, writer, metrics),
+            self._frames(generation, writer),
             headers={"cache-control": "no-cache"},
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
@@ -124,6 +124,7 @@ class EventStream(EventSourceResponse):
         )
         self._generation = generation
         self._metrics = metrics
+        self._is_complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; whatever ends this, the generation ends with it."""
@@ -133,23 +134,27 @@ class EventStream(EventSourceResponse):
         finally:
             self._metrics.streams.dec()
             await self._generation.aclose()
+        if not self._is_complete:
+            raise ClientDisconnect
 
+    async def _frames(self, generation: Generation, writer: ReplyWriter[Part]) -> AsyncGenerator[bytes]:
+        try:
+            async for event in generation:
+                for part in writer.parts(event):
+                    yield _frame(writer.chunk(part))
+            for chunk in writer.closing_chunks():
+                yield _frame(chunk)
+            yield DONE
+        except Exception as error:
+            yield _frame(self._told(error).body)
+        self._is_complete = True
 
-async def frames(generation: Generation, writer: ReplyWriter[Part], metrics: HttpMetrics) -> AsyncGenerator[bytes]:
-    """Yield the events of a stream as bytes: chunks and `[DONE]`, or chunks and an error."""
-    try:
-        async for event in generation:
-            for part in writer.parts(event):
-                yield _frame(writer.chunk(part))
-        for chunk in writer.closing_chunks():
-            yield _frame(chunk)
-        yield DONE
-    except Exception as error:
+    def _told(self, error: Exception) -> Answer:
         told = answer(error)
-        metrics.errors.labels(told.code).inc()
+        self._metrics.errors.labels(told.code).inc()
         if is_our_fault(error):
             logger.exception("stream failed")
-        yield _frame(told.body)
+        return told
 
 
 def _frame(chunk: msgspec.Struct) -> bytes:

@@ -251,6 +251,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Seat those who wait, in order of arrival, except whose state is still settling: it is hot in a moment."""
+        if self._num_free_seats <= 0:
+            return
         settling = {sequence.chain for sequence in self._seated if sequence.phase is Phase.SETTLING}
         for sequence in list(self._waiting.values()):
             if self._num_free_seats <= 0:
@@ -319,13 +321,14 @@ class Scheduler:
         except Exception as error:
             self._fail_on_device(sequence, error)
             return
+        was_loading = sequence.phase is Phase.LOADING
         sequence.begin(origin)
         started = SequenceStarted(
             request_id=sequence.request.request_id,
             resume=origin.kind,
             num_replayed_tokens=len(origin.replay_ids),
             queue_seconds=sequence.admitted_at - sequence.arrived_at,
-            load_seconds=self._clock() - sequence.admitted_at,
+            load_seconds=self._clock() - sequence.admitted_at if was_loading else 0.0,
         )
         self._emit(sequence, started)
 

@@ -11,9 +11,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.client import AsyncEngine
 from tqdm import tqdm
 
+from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.messages import (
     CheckpointRef,

@@ -198,11 +198,12 @@ def test_a_model_that_cannot_run_is_never_ready() -> None:
 
 
 def test_a_client_of_another_protocol_gets_no_answer() -> None:
-    """It could not understand what it would hear."""
+    """It could not understand what it would hear, and nothing runs for it."""
     with running() as it:
         stranger = it.client(greet=False)
-        stranger.send(Hello(protocol_version=0))
-        assert isinstance(stranger.hear(), StepReport)  # what everybody hears, and no EngineReady before it
+        stranger.send(Hello(protocol_version=0), Submit(request_of("a")))
+        assert len(it.client().turn()) == len(PROMPT) + 4
+        assert not stranger.socket.poll(0)
 
 
 def test_what_is_no_command_is_ignored() -> None:

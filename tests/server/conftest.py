@@ -12,8 +12,7 @@ import torch
 from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.server_process import ServerProcess
 
-MODEL = "tiny"
-OPTIONS = ("--served-model-name", MODEL, "--dtype", "float32", "--num-threads", "1")
+OPTIONS = ("--dtype", "float32", "--num-threads", "1")
 
 
 @pytest.fixture(scope="session")

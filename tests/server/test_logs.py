@@ -32,7 +32,7 @@ def test_nothing_that_was_said_is_logged(server: ServerProcess, http: httpx.Clie
     """Neither prompts nor ids nor unknown fields nor paths, whether the request succeeds or not."""
     http.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 1, "conversation_id": SECRET})
     http.post("/v1/completions", json={"prompt": SECRET, SECRET: SECRET})
-    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": SECRET}], "stop": SECRET})
+    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": SECRET}], "max_tokens": 1})
     http.get(f"/{SECRET}?{SECRET}={SECRET}", headers={"user-agent": SECRET, "cookie": SECRET})
     log = server.log_path.read_text()
     assert SECRET not in log

@@ -81,21 +81,6 @@ def test_no_metric_comes_or_goes_unnoticed() -> None:
     assert sorted(name for name in names if not name.startswith("rwkv_process_")) == NAMES
 
 
-def stats(**changes: float) -> EngineStats:
-    """Return the numbers of an engine."""
-    numbers = {
-        "num_steps": 7,
-        "num_running": 2,
-        "num_waiting": 3,
-        "num_slots_used": 2,
-        "num_slots": 9,
-        "num_hot_states": 4,
-        "hot_state_bytes": 4096,
-        "pending_checkpoints": 1,
-    }
-    return EngineStats(**{**numbers, **changes})  # type: ignore[arg-type]
-
-
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     """Return a sample."""
     return metrics.registry.get_sample_value(name, labels)
@@ -106,7 +91,18 @@ def test_a_report_becomes_numbers() -> None:
     metrics = Metrics()
     step = StepStats(step_seconds=0.0021, num_decode_tokens=2, num_prefill_tokens=30, num_sequences=3)
     totals = {"rwkv_decode_tokens_total": 11.0, "rwkv_never_declared_total": 1.0}
-    metrics.engine.report(StepReport(step=step, stats=EngineStats(**{**_fields(stats()), "counters": totals})))
+    stats = EngineStats(
+        num_steps=7,
+        num_running=2,
+        num_waiting=3,
+        num_slots_used=2,
+        num_slots=9,
+        num_hot_states=4,
+        hot_state_bytes=4096,
+        pending_checkpoints=1,
+        counters=totals,
+    )
+    metrics.engine.report(StepReport(step=step, stats=stats))
     assert value(metrics, "rwkv_engine_step_seconds_bucket", le="0.002") == 0
     assert value(metrics, "rwkv_engine_step_seconds_bucket", le="0.003") == 1
     assert value(metrics, "rwkv_batch_size_sum") == 3
@@ -115,10 +111,6 @@ def test_a_report_becomes_numbers() -> None:
     assert value(metrics, "rwkv_engine_steps_total") == 7
     assert value(metrics, "rwkv_decode_tokens_total") == 11
     assert value(metrics, "rwkv_never_declared_total") is None
-
-
-def _fields(numbers: EngineStats) -> dict[str, object]:
-    return {name: getattr(numbers, name) for name in numbers.__struct_fields__}
 
 
 def test_a_sequence_is_timed_from_its_submission() -> None:

@@ -232,6 +232,20 @@ def test_a_state_that_left_memory_is_restored_from_its_checkpoint() -> None:
     assert resume(simulation, request, history) == (ResumeKind.RESTORED, 0)
 
 
+def test_only_a_fetched_state_takes_time_to_load() -> None:
+    """Zero means that no checkpoint was needed."""
+    simulation = Simulation()
+    history = first_turn(simulation)
+    ref = simulation.save(history)
+    simulation.submit(request_of("hot", [1], history), history)
+    simulation.run()
+    simulation.forget_everything()
+    simulation.submit(request_of("restored", [1], source=source_of(history, ref)), history)
+    simulation.run()
+    started = {name: client.started for name, client in simulation.clients.items()}
+    assert [name for name, event in started.items() if event is not None and event.load_seconds > 0] == ["restored"]
+
+
 def test_an_older_checkpoint_is_brought_up_to_date_by_replay() -> None:
     """The tokens after the checkpoint are consumed before the prompt, and it is said so."""
     simulation = Simulation()
@@ -345,6 +359,17 @@ def test_a_long_prompt_never_makes_others_wait() -> None:
     for num_steps in range(2, 12):
         assert simulation.step() == 8
         assert [len(client.token_ids) for client in talking] == [num_steps] * 3
+
+
+def test_a_single_token_overtakes_a_long_prompt() -> None:
+    """What costs one token never waits for what costs many, even if that came first."""
+    simulation = Simulation(max_num_batched_tokens=8)
+    simulation.submit(request_of("long", [1] * 60, max_tokens=1))
+    simulation.step()
+    short = simulation.submit(request_of("short", [1], max_tokens=40))
+    for num_steps in range(1, 5):
+        assert simulation.step() == 8
+        assert len(short.token_ids) == num_steps
 
 
 def test_a_prompt_moves_on_even_when_the_budget_is_full_of_others() -> None:
@@ -512,6 +537,15 @@ def test_an_abort_ends_a_sequence_in_any_phase(reach) -> None:  # type: ignore[n
     simulation.answer_fetches()
     simulation.run()
     assert len(simulation.hot_states) == 0
+
+
+def test_an_abort_calls_off_the_fetch() -> None:
+    """A checkpoint that nobody waits for any more need not be read."""
+    simulation = Simulation()
+    loading(simulation)
+    simulation.abort("a")
+    [(_, future)] = simulation.fetches
+    assert future.cancelled()
 
 
 def test_an_abort_after_the_end_changes_nothing() -> None:

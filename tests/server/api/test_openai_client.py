@@ -29,8 +29,8 @@ def plain(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     """The one model, by the name under which it is served."""
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").owned_by == "sostenuto"
+    assert [model.id for model in client.models.list()] == ["test"]
+    assert client.models.retrieve("test").owned_by == "sostenuto"
     with pytest.raises(openai.NotFoundError) as raised:
         client.models.retrieve("gpt-17")
     assert raised.value.code == "model_not_found"
@@ -38,7 +38,7 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
 
 def test_a_chat_is_answered(client: openai.OpenAI) -> None:
     """A whole reply: identity, message, finish reason, usage."""
-    reply = client.chat.completions.create(model="tiny", messages=MESSAGES, max_completion_tokens=5, stop=["☃"])
+    reply = client.chat.completions.create(model="test", messages=MESSAGES, max_completion_tokens=5, stop=["☃"])
     assert reply.id.startswith("chatcmpl-")
     assert reply.choices[0].message.role == "assistant"
     assert reply.choices[0].finish_reason in ("stop", "length")
@@ -51,7 +51,7 @@ def test_a_chat_streams(client: openai.OpenAI) -> None:
     """The role comes first, the finish reason in a chunk of its own, the usage last when asked for."""
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=MESSAGES, max_tokens=5, stream=True, stream_options={"include_usage": True}
+            model="test", messages=MESSAGES, max_tokens=5, stream=True, stream_options={"include_usage": True}
         )
     )
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -69,7 +69,7 @@ def test_the_accumulating_stream_works(client: openai.OpenAI) -> None:
     """`chat.completions.stream()` puts the chunks together to what a whole reply says."""
     # The helper raises where an answer was cut off by its length: let it stop.
     stop = {"stop_token_ids": list(range(ord("a"), ord("z")))}
-    options = {"model": "tiny", "messages": MESSAGES, "seed": 5, "extra_body": stop}
+    options = {"model": "test", "messages": MESSAGES, "seed": 5, "extra_body": stop}
     whole = client.chat.completions.create(**options)  # type: ignore[call-overload]
     with client.chat.completions.stream(**options) as stream:  # type: ignore[arg-type]
         streamed = stream.get_final_completion()
@@ -80,7 +80,7 @@ def test_the_accumulating_stream_works(client: openai.OpenAI) -> None:
 def test_chat_log_probabilities_validate(client: openai.OpenAI) -> None:
     """Every token with its bytes and the most likely alternatives, most likely first."""
     reply = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=3, temperature=0
+        model="test", messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=3, temperature=0
     )
     assert reply.choices[0].logprobs is not None
     content = reply.choices[0].logprobs.content
@@ -94,15 +94,15 @@ def test_chat_log_probabilities_validate(client: openai.OpenAI) -> None:
 
 def test_a_completion_is_answered(client: openai.OpenAI) -> None:
     """Text, several prompts, several choices: as many choices as asked for, in order."""
-    reply = client.completions.create(model="tiny", prompt=["one", "two"], n=2, max_tokens=3, logprobs=1)
+    reply = client.completions.create(model="test", prompt=["one", "two"], n=2, max_tokens=3, logprobs=1)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
     assert all(choice.logprobs is not None for choice in reply.choices)
 
 
 def test_a_completion_streams(plain: openai.OpenAI) -> None:
     """Only loosely: OpenAI's own types do not allow the null finish reason that OpenAI streams."""
-    chunks = list(plain.completions.create(model="tiny", prompt="x", max_tokens=3, seed=1, stream=True))
-    whole = plain.completions.create(model="tiny", prompt="x", max_tokens=3, seed=1)
+    chunks = list(plain.completions.create(model="test", prompt="x", max_tokens=3, seed=1, stream=True))
+    whole = plain.completions.create(model="test", prompt="x", max_tokens=3, seed=1)
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == "length"
 
@@ -124,7 +124,7 @@ def test_a_conversation_is_held(client: openai.OpenAI, request: pytest.FixtureRe
     infos = []
     for line in ("My name is Ada.", "What is my name?", "Good night."):
         reply = client.chat.completions.create(
-            model="tiny",
+            model="test",
             messages=[{"role": "user", "content": line}],
             max_tokens=4,
             extra_body={"conversation_id": conversation_id},
@@ -141,10 +141,10 @@ def test_a_conversation_is_held(client: openai.OpenAI, request: pytest.FixtureRe
 def test_mistakes_raise_the_clients_own_errors(plain: openai.OpenAI) -> None:
     """400 and 404 map to the classes users catch."""
     with pytest.raises(openai.BadRequestError) as raised:
-        plain.chat.completions.create(model="tiny", messages=MESSAGES, n=99)
+        plain.chat.completions.create(model="test", messages=MESSAGES, n=99)
     assert raised.value.param == "n"
     with pytest.raises(openai.NotFoundError) as missing:
         plain.chat.completions.create(
-            model="tiny", messages=MESSAGES, extra_body={"conversation": {"id": "never-made"}}
+            model="test", messages=MESSAGES, extra_body={"conversation": {"id": "never-made"}}
         )
     assert missing.value.code == "conversation_not_found"

@@ -41,9 +41,10 @@ def test_a_loglikelihood_request_of_the_harness(world: httpx.Client) -> None:
     """lm-eval slices [context:-1]: it needs an entry for every prompt token and one generated one."""
     context = world.post("/tokenize", json={"prompt": "The cat sat on the"}).json()["tokens"]
     target = world.post("/tokenize", json={"prompt": " mat"}).json()["tokens"]
+    prompts = [[0, *context, *target], [0, *target]]
     body = {
-        "model": "tiny",
-        "prompt": [[0, *context, *target], [0, *target]],
+        "model": "test",
+        "prompt": prompts,
         "temperature": 0,
         "max_tokens": 1,
         "logprobs": 1,
@@ -51,7 +52,7 @@ def test_a_loglikelihood_request_of_the_harness(world: httpx.Client) -> None:
         "echo": True,
     }
     choices = world.post("/v1/completions", json=body).json()["choices"]
-    for choice, prompt in zip(choices, body["prompt"], strict=True):
+    for choice, prompt in zip(choices, prompts, strict=True):
         values = choice["logprobs"]["token_logprobs"]
         tops = choice["logprobs"]["top_logprobs"]
         assert len(values) == len(tops) == len(prompt) + 1
