@@ -8,11 +8,14 @@ import random
 import pytest
 
 from engine.token_chain import extend_digest, root_digest
-from server.conversations.ledger import ConversationBusy, LeaseLost, Ledger, Turn
+from server.conversations.ledger import ConversationBusy, ConversationExpired, LeaseLost, Ledger, Turn
 from tests.server.conversations.ledgers import (
+    CONVERSATION_TTL,
     LEASE_TTL,
     LedgerUnderTest,
     RedisUnderTest,
+    append,
+    checkpoint_of,
     new_conversation,
     next_turn,
 )
@@ -71,6 +74,21 @@ async def test_racing_commits_under_one_lease_apply_once(store: LedgerUnderTest)
     assert outcomes.count(None) == 1
     assert sum(isinstance(outcome, LeaseLost) for outcome in outcomes) == 9
     assert await store.ledger.turns(ID) == [turns[outcomes.index(None)]]
+
+
+async def test_two_servers_can_sweep_at_once(store: LedgerUnderTest) -> None:
+    """Each checkpoint of what expired is named by one of them, and no tombstone is swept away."""
+    ids = [f"acme:{number}" for number in range(5)]
+    for conversation_id in ids:
+        await store.ledger.create(new_conversation(conversation_id))
+        turn = await append(store.ledger, conversation_id)
+        await store.ledger.point(conversation_id, 1, checkpoint_of(turn, conversation_id[-1]))
+    await store.travel(CONVERSATION_TTL)
+    swept = await asyncio.gather(store.ledger.sweep(), (await store.another()).sweep())
+    assert sorted(checkpoint.checkpoint_id[0] for checkpoint in swept[0] + swept[1]) == list("01234")
+    for conversation_id in ids:
+        with pytest.raises(ConversationExpired):
+            await store.ledger.get(conversation_id)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
