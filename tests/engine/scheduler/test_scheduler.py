@@ -541,7 +541,7 @@ def test_an_abort_ends_a_sequence_in_any_phase(reach) -> None:  # type: ignore[n
 
 def test_an_abort_calls_off_the_fetch() -> None:
     """A checkpoint that nobody waits for any more need not be read."""
-    simulation = Simulation()
+    simulation = saying(b"x")
     loading(simulation)
     simulation.abort("a")
     [(_, future)] = simulation.fetches
