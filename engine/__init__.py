@@ -5,5 +5,5 @@ reads no environment variable. Runs in its own process (`python -m engine`) or, 
 another one.
 
 The API process may import only the torch-free modules: `engine.messages`, `engine.errors`, `engine.config`,
-`engine.token_chain`, `engine.client` and `engine.tokenizer`.
+`engine.token_chain`, `engine.client`, `engine.launch`, `engine.logs` and `engine.tokenizer`.
 """

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard error. Never a token of a prompt or an answer."""
+"""Logs: one JSON object a line on standard error. Never a prompt, an answer, a key or a conversation's id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 
 # What a record has of its own; everything else was given as `extra`.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):

@@ -145,6 +145,10 @@ class Settings(BaseSettings):
                 "host: without an API key the server listens on loopback only; "
                 "set api_key, or insecure_no_auth to serve everybody who can reach this address"
             )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens: must be at least max_num_seqs: every running sequence takes one in every step"
+            )
         _check_scheme("ledger_url", self.resolved_ledger_url, ("sqlite", "redis", "rediss", "unix"))
         _check_scheme("state_url", self.resolved_state_url, ("memory", "file", "redis", "rediss", "unix"))
         return self

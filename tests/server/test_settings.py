@@ -143,8 +143,14 @@ def test_stores_of_other_kinds_are_refused(name: str, url: str) -> None:
         Settings.load({name: url})
 
 
+def test_a_step_must_have_room_for_every_sequence() -> None:
+    """A token budget below the number of sequences is refused before an engine is started with it."""
+    with pytest.raises(SettingsError, match="max_num_batched_tokens"):
+        Settings.load({"max_num_seqs": 65, "max_num_batched_tokens": 64})
+
+
 @pytest.mark.parametrize(
-    ("model", "name"), [("/m/rwkv7-0.1b.pth", "rwkv7-0.1b"), ("/m/tiny.safetensors", "test"), ("/m/goose", "goose")]
+    ("model", "name"), [("/m/rwkv7-0.1b.pth", "rwkv7-0.1b"), ("/m/tiny.safetensors", "tiny"), ("/m/goose", "goose")]
 )
 def test_a_model_is_named_after_its_file(model: str, name: str) -> None:
     """Without a served name the file's or directory's counts."""
