@@ -18,6 +18,7 @@ TORCH_FREE_ENGINE = (
     "engine.token_chain",
     "engine.client",
     "engine.launch",
+    "engine.logs",
     "engine.tokenizer",
 )
 MAY_IMPORT = {

@@ -7,7 +7,7 @@ import logging
 
 import httpx
 
-from server.logs import JsonFormatter
+from engine.logs import JsonFormatter
 from tests.server_process import ServerProcess
 
 SECRET = "pr1vate"

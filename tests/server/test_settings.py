@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from server.settings import Settings, SettingsError, is_loopback, mask_password
 
@@ -97,7 +98,7 @@ def test_the_key_may_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_secrets_are_never_printed() -> None:
     """Neither the key nor a store's password is in what --check-config prints, nor in repr."""
     settings = Settings(
-        api_key="s3cret-key",  # type: ignore[arg-type]
+        api_key=SecretStr("s3cret-key"),
         ledger_url="redis://ada:s3cret-pass@db:6379/0",
         state_url="redis://:s3cret-pass@db:6379/1",
     )
@@ -144,7 +145,7 @@ def test_stores_of_other_kinds_are_refused(name: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("/m/rwkv7-0.1b.pth", "rwkv7-0.1b"), ("/m/tiny.safetensors", "test"), ("/m/goose", "goose")]
+    ("model", "name"), [("/m/rwkv7-0.1b.pth", "rwkv7-0.1b"), ("/m/tiny.safetensors", "tiny"), ("/m/goose", "goose")]
 )
 def test_a_model_is_named_after_its_file(model: str, name: str) -> None:
     """Without a served name the file's or directory's counts."""
