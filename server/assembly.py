@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 from engine.client import AsyncEngine
 from engine.messages import StepReport
 from engine.tokenizer import load as load_tokenizer
-from server.conversations.ledger import LedgerUnavailable
+from server.conversations.ledger import Ledger, LedgerUnavailable
 from server.conversations.open_ledger import open_ledger
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
 from server.metrics import HttpMetrics, Metrics
 from server.pulse import Pulse
 from server.services import ServedModel, Services
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ SETTLE_SECONDS = 20.0
 
 @asynccontextmanager
 async def open_services(settings: Settings) -> AsyncGenerator[Services]:
-    """Start everything a server needs, and end it at exit; raises `EngineError`, `LedgerError` or `OSError`."""
+    """Start everything a server needs, and end it at exit; raises what keeps it from starting."""
     metrics = Metrics(state_tier=urlsplit(settings.resolved_state_url).scheme)
     pulse = Pulse()
 
@@ -45,7 +45,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         template = choose_template(settings.template, settings.model_path)
-        ledger = open_ledger(settings.resolved_ledger_url)
+        ledger = _ledger(settings)
         await ledger.open()
         stack.push_async_callback(ledger.close)
         engine = AsyncEngine.spawn(settings.engine_config, on_report=report)
@@ -63,7 +63,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             lease_seconds=settings.lease_seconds,
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
         )
-        stack.push_async_callback(_settle, turns)
+        drain = Drain()
+        stack.push_async_callback(_settle, turns, drain)
         await _in_background(stack, _sweep(turns))
         await _in_background(stack, _probe_loop(metrics.http))
         logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
@@ -75,13 +76,22 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             template=template,
             metrics=metrics,
             model=ServedModel(settings.model_name, int(time.time()), ready),
-            drain=Drain(),
+            drain=drain,
             pulse=pulse,
         )
 
 
-async def _settle(turns: Turns) -> None:
+def _ledger(settings: Settings) -> Ledger:
+    try:
+        return open_ledger(settings.resolved_ledger_url)
+    except ValueError as error:
+        raise SettingsError([f"ledger_url: {error}"]) from error
+
+
+async def _settle(turns: Turns, drain: Drain) -> None:
     """Let the checkpoints of committed turns reach the store."""
+    if drain.is_forced:
+        return
     try:
         await asyncio.wait_for(turns.settle(), SETTLE_SECONDS)
     except TimeoutError:

@@ -16,6 +16,7 @@ from server.settings import DEFAULT_MODEL, Settings, SettingsError
 
 USAGE_ERROR = 2
 START_ERROR = 1
+INTERRUPTED = 130
 
 NO_DEFAULT_MODEL = f"""\
 sostenuto: no MODEL given, and the bundled default model is not there yet ({DEFAULT_MODEL}).
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if check_config:
         print(json.dumps(settings.printable(), indent=2))
         return 0
-    if not settings.model_path.exists():
+    if not settings.has_model:
         missing = NO_DEFAULT_MODEL if settings.model is None else f"sostenuto: no such model: {settings.model}"
         return _fail(missing, USAGE_ERROR)
     return _serve(settings)
@@ -50,10 +51,15 @@ def _serve(settings: Settings) -> int:
     from engine.errors import EngineError
     from server.conversations.ledger import LedgerError
     from server.process import serve
+    from server.templates import TemplateError
 
     try:
         return serve(settings)
-    except (EngineError, LedgerError, OSError) as error:
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SettingsError as error:
+        return _fail(f"sostenuto: {error}", USAGE_ERROR)
+    except (EngineError, LedgerError, TemplateError, OSError) as error:
         return _fail(f"sostenuto: cannot start: {error}", START_ERROR)
 
 

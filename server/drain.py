@@ -21,6 +21,7 @@ class Drain:
 
     def __init__(self) -> None:
         self.has_begun = False
+        self.is_forced = False
         self._num_requests = 0
         self._running: set[Interruptible] = set()
         self._idle = asyncio.Event()
@@ -50,6 +51,10 @@ class Drain:
     def begin(self) -> None:
         """Refuse requests from now on."""
         self.has_begun = True
+
+    def force(self) -> None:
+        """Wait for nothing any more: whoever asked for the drain has asked again."""
+        self.is_forced = True
 
     async def wait(self, timeout_seconds: float, farewell_seconds: float = 5.0) -> None:
         """Wait until every answer is complete; interrupt what still runs after `timeout_seconds`.

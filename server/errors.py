@@ -4,6 +4,7 @@ ServerError
 ├── BadRequest               the request asks for something impossible or unsupported; names the field
 ├── Unauthorized             no key, or not this one
 ├── UnknownModel             the model is not the one being served
+├── HeadTooLarge             the address and the headers have more bytes than anybody needs
 ├── BodyTooLarge             more bytes than the operator allows; said while they arrive
 ├── BodyTooSlow              the body did not arrive in time
 └── ServerDraining           the server is shutting down; what had not finished was not applied
@@ -44,6 +45,10 @@ class Unauthorized(ServerError):
 
 class UnknownModel(ServerError):
     """The request names a model that is not served."""
+
+
+class HeadTooLarge(ServerError):
+    """The address and the headers have more bytes than anybody needs."""
 
 
 class BodyTooLarge(ServerError):
@@ -180,6 +185,7 @@ ANSWERS: dict[type[Exception], Rule] = {
         408, REQUEST, "body_timeout", "The request's body did not arrive in time.", closes_connection=True
     ),
     BodyTooLarge: Rule(413, REQUEST, "body_too_large", "The request's body is too large."),
+    HeadTooLarge: Rule(431, REQUEST, "head_too_large", "The request's address and headers are too large."),
     ledger.ConversationExists: Rule(409, CONFLICT, "conversation_exists", "This id is taken.", "conversation"),
     ledger.ConversationBusy: Rule(
         409,

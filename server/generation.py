@@ -25,6 +25,7 @@ from engine.messages import (
 from engine.token_chain import root_digest
 from engine.tokenizer import Detokenizer
 from server.conversations.turns import OpenTurn, SequenceEvent, TurnReceipt
+from server.drain import Drain
 from server.errors import ServerDraining
 from server.services import Services
 
@@ -86,8 +87,8 @@ class Generation:
     Iterate to read their events; `aclose` when done, or the work goes on for nobody.
     """
 
-    def __init__(self, services: Services, work: Callable[[Generation], Awaitable[None]]) -> None:
-        self._drain = services.drain
+    def __init__(self, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> None:
+        self._drain = drain
         self._events: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()  # bounded by max_output_tokens
         self._interruption: Exception | None = None
         self._is_committing = False

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.drain import Drain
-from server.errors import Answer, BodyTooLarge, answer, is_our_fault
+from server.errors import Answer, BodyTooLarge, HeadTooLarge, answer, is_our_fault
 from server.metrics import HttpMetrics
 from server.security import OPEN_PATHS
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 OVERLOAD_STATUS: Final = 503
+MAX_HEAD_BYTES: Final = 32 << 10
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -154,20 +155,26 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-class BodyLimit:
-    """Counts a body while it is read, chunked or not, and raises `BodyTooLarge` at the byte that is too much."""
+class SizeLimits:
+    """Refuses long heads, and counts a body while it is read, chunked or not.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Raises `HeadTooLarge`, and `BodyTooLarge` at the byte that is too much.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self.app = app
-        self._max_bytes = max_bytes
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a counting `receive`."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        head = (scope["raw_path"], scope["query_string"], *(part for header in scope["headers"] for part in header))
+        if sum(map(len, head)) > MAX_HEAD_BYTES:
+            raise HeadTooLarge
         announced = [value for name, value in scope["headers"] if name == b"content-length"]
-        if announced and announced[0].isdigit() and int(announced[0][:20]) > self._max_bytes:
+        if announced and announced[0].isdigit() and int(announced[0][:20]) > self._max_body_bytes:
             raise BodyTooLarge
         num_bytes = 0
 
@@ -175,7 +182,7 @@ class BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
+            if num_bytes > self._max_body_bytes:
                 raise BodyTooLarge
             return message
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # After the drain nothing should be left; a connection that will not close does not keep the process.
 CLOSE_SECONDS = 1
+FORCED = 1  # exit status of a server that was told twice
 
 
 def serve(settings: Settings) -> int:
@@ -35,7 +36,7 @@ async def run_server(settings: Settings) -> int:
         server = DrainingServer(services)
         gc.freeze()  # what start-up made stays: the collector need not look at it again
         await server.serve()
-        return 1 if server.was_forced else 0
+        return FORCED if services.drain.is_forced else 0
 
 
 class DrainingServer(uvicorn.Server):
@@ -57,7 +58,6 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
-        self.was_forced = False
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
@@ -65,7 +65,8 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the drain at the first signal; give up at the second. The signal itself is dealt with here."""
         if self._services.drain.has_begun:
-            self.was_forced = self.force_exit = self.should_exit = True
+            self._services.drain.force()
+            self.force_exit = self.should_exit = True
             return
         self._services.drain.begin()
         self._loop.call_soon_threadsafe(self._start_draining)

@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 ENV_PREFIX = "SOSTENUTO_"
 CONFIG_ENV = ENV_PREFIX + "CONFIG"
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "default"
+WEIGHT_SUFFIXES = frozenset({".pth", ".safetensors"})
 LOOPBACK_NAMES = frozenset({"localhost", "localhost.localdomain"})
 
 DAY_SECONDS = 86_400.0
@@ -161,6 +162,12 @@ class Settings(BaseSettings):
         return DEFAULT_MODEL if self.model is None else Path(self.model)
 
     @property
+    def has_model(self) -> bool:
+        """Whether there is something at `model_path`; a directory without weights is nothing."""
+        path = self.model_path
+        return path.is_file() or (path.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()))
+
+    @property
     def model_name(self) -> str:
         """The model's name in the API."""
         if self.served_model_name is not None:
@@ -168,7 +175,7 @@ class Settings(BaseSettings):
         if self.model is None:
             return "sostenuto-default"
         path = self.model_path
-        return path.stem if path.suffix in {".pth", ".safetensors"} else path.resolve().name
+        return path.stem if path.suffix in WEIGHT_SUFFIXES else path.resolve().name
 
     @property
     def resolved_ledger_url(self) -> str:

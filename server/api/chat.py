@@ -75,7 +75,8 @@ async def create_chat_completion(
             writer.expect(prompt)
             await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
 
-    return await respond(request, Generation(services, work), writer, services.metrics.http, stream=body.stream)
+    generation = Generation(services.drain, work)
+    return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
 def template_of(head: Conversation) -> Template:

@@ -60,7 +60,8 @@ async def create_completion(
             await generate_turn(services, generation, turn, plans[0])
 
     writer = CompletionWriter(services, body)
-    return await respond(request, Generation(services, work), writer, services.metrics.http, stream=body.stream)
+    generation = Generation(services.drain, work)
+    return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
 class Planner:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Depends, Response
 
+from server.conversations.ledger import ConversationNotFound
 from server.parsing import json_body
 from server.schemas.conversations import ConversationDeleted, ConversationReply, ConversationRequest
+from server.schemas.generation import CONVERSATION_ID
 from server.services import ServicesOf
 from server.streaming import json_response
 
 router = APIRouter()
 
-Id = Annotated[str, Path()]
+_IS_ID = re.compile(CONVERSATION_ID)
+
+
+def _existing(conversation_id: str) -> str:
+    """Return the id in a request's path; what no conversation can be called does not exist."""
+    if _IS_ID.fullmatch(conversation_id) is None:
+        raise ConversationNotFound(conversation_id)
+    return conversation_id
+
+
+Id = Annotated[str, Depends(_existing)]
 
 
 @router.post("/v1/conversations")

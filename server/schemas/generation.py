@@ -20,7 +20,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_QUEUE_MS = 60_000
 
-ConversationId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@-]{1,128}$")]
+CONVERSATION_ID = r"[A-Za-z0-9_.:@-]{1,128}"
+ConversationId = Annotated[str, StringConstraints(pattern=rf"^{CONVERSATION_ID}$")]
 
 
 def _as_list(value: object) -> object:

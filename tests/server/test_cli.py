@@ -9,7 +9,6 @@ import pytest
 
 from server import cli
 from server.cli import run
-from server.settings import Settings
 
 
 def test_check_config_prints_the_effective_configuration(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,12 +19,20 @@ def test_check_config_prints_the_effective_configuration(capsys: pytest.CaptureF
     assert "s3cret" not in str(printed)
 
 
-def test_without_a_model_it_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """While the bundled default model is absent, serving it exits 2 and says so."""
-    if Settings().model_path.exists():
-        pytest.skip("the default model is here")
+def test_without_a_model_it_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the bundled default model is absent, serving it exits 2 and says so."""
+    monkeypatch.setattr("server.settings.DEFAULT_MODEL", tmp_path / "absent")
     assert run(["serve"]) == 2
     assert "default model" in capsys.readouterr().err
+
+
+def test_a_directory_without_weights_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A recipe for a model is not the model yet."""
+    (tmp_path / "train.toml").write_text("")
+    assert run(["serve", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_an_absent_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,10 +27,10 @@ AT_START = {engine.ModelFileError, engine.TokenizerError}
 
 
 TREES = (ledger.LedgerError, turns.TurnError, engine.EngineError, errors.ServerError)
-KINDS = {kind for tree in TREES for kind in subclasses(tree)} - AT_START
+KINDS: set[type[Exception]] = {kind for tree in TREES for kind in subclasses(tree)} - AT_START
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", sorted(KINDS, key=str))
 def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
     """Nothing that is foreseen is answered as unforeseen."""
     rule = next(errors.ANSWERS[base] for base in kind.__mro__ if base in errors.ANSWERS)
@@ -52,6 +52,7 @@ def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
         (ledger.LeaseLost(SECRET), 409, "ownership_lost"),
         (turns.ModelMismatch(SECRET), 409, "model_mismatch"),
         (ledger.VersionConflict(SECRET, 3, 5), 412, "version_mismatch"),
+        (errors.HeadTooLarge(), 431, "head_too_large"),
         (errors.BodyTooLarge(), 413, "body_too_large"),
         (errors.BodyTooSlow(), 408, "body_timeout"),
         (turns.LogCorrupt(SECRET), 500, "state_corrupt"),

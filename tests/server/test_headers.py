@@ -32,3 +32,10 @@ def test_every_reply_says_who_it_is_and_how_long_it_took(http: httpx.Client, met
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["cache-control"] == "no-store"
     assert "server" not in headers
+
+
+def test_a_head_beyond_all_need_is_refused(http: httpx.Client) -> None:
+    """431 for headers or an address of more than 32 KiB together."""
+    assert http.get("/v1/models", headers={"x-long": "x" * 30_000}).status_code == 200
+    assert http.get("/v1/models", headers={"x-long": "x" * 33_000}).status_code == 431
+    assert http.get("/v1/models?" + "x" * 33_000).status_code == 431

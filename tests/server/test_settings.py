@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from server.settings import Settings, SettingsError, is_loopback, mask_password
 
@@ -97,7 +98,7 @@ def test_the_key_may_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_secrets_are_never_printed() -> None:
     """Neither the key nor a store's password is in what --check-config prints, nor in repr."""
     settings = Settings(
-        api_key="s3cret-key",  # type: ignore[arg-type]
+        api_key=SecretStr("s3cret-key"),
         ledger_url="redis://ada:s3cret-pass@db:6379/0",
         state_url="redis://:s3cret-pass@db:6379/1",
     )

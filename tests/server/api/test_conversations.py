@@ -105,3 +105,10 @@ def test_turns_may_wait_for_each_other(http: httpx.Client) -> None:
         replies = list(pool.map(lambda _: turn(http, "patient", queue_ms=30_000), range(4)))
     assert [reply.status_code for reply in replies] == [200] * 4
     assert sorted(reply.json()["conversation"]["version"] for reply in replies) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["a%20b", "%00", "%ff", "x" * 129, "{}", "%F0%9F%98%80"])
+def test_what_cannot_be_a_name_does_not_exist(http: httpx.Client, name: str) -> None:
+    """404, without asking the ledger."""
+    for method in ("GET", "DELETE"):
+        assert http.request(method, f"/v1/conversations/{name}").status_code == 404

@@ -1,0 +1,119 @@
+"""A request's generation: a task that lives no longer than its reader, and how it can be cut short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from server.drain import Drain
+from server.errors import BadRequest, ServerDraining
+from server.generation import ChoiceEvent, Generation, Started
+
+
+class Work:
+    """Emits one event, then waits to be told to end."""
+
+    def __init__(self, before_wait: Callable[[Generation], None] = lambda _: None) -> None:
+        self.may_end = asyncio.Event()
+        self.was_cancelled = False
+        self._before_wait = before_wait
+
+    async def __call__(self, generation: Generation) -> None:
+        generation.emit(Started(0))
+        self._before_wait(generation)
+        try:
+            await self.may_end.wait()
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        generation.emit(Started(1))
+
+
+async def read(generation: Generation, events: list[ChoiceEvent] | None = None) -> list[ChoiceEvent]:
+    """Return all events, after adding them to `events`."""
+    events = [] if events is None else events
+    async for event in generation:
+        events.append(event)
+    return events
+
+
+async def test_events_are_read_in_order() -> None:
+    """Also the first, which admission has taken already."""
+    work = Work()
+    generation = Generation(Drain(), work)
+    await generation.admitted(timeout_seconds=60)
+    work.may_end.set()
+    assert await read(generation) == [Started(0), Started(1)]
+    await generation.aclose()
+
+
+async def test_closing_ends_the_work() -> None:
+    """The reader has left: the work is cancelled, and over when `aclose` returns."""
+    work = Work()
+    generation = Generation(Drain(), work)
+    await generation.admitted(timeout_seconds=60)
+    await generation.aclose()
+    assert work.was_cancelled
+
+
+async def test_an_interruption_is_what_the_reader_hears() -> None:
+    """The error, after the events that came before it."""
+    generation = Generation(Drain(), Work())
+    await generation.admitted(timeout_seconds=60)
+    generation.interrupt(ServerDraining())
+    events: list[ChoiceEvent] = []
+    with pytest.raises(ServerDraining):
+        await read(generation, events)
+    assert events == [Started(0)]
+
+
+async def test_a_commit_is_not_interrupted() -> None:
+    """Once a turn is being committed nobody may claim that it was not applied."""
+    work = Work(before_wait=Generation.begin_commit)
+    generation = Generation(Drain(), work)
+    await generation.admitted(timeout_seconds=60)
+    generation.interrupt(ServerDraining())
+    work.may_end.set()
+    assert await read(generation) == [Started(0), Started(1)]
+
+
+async def test_what_keeps_work_from_beginning_is_raised_before_the_first_byte() -> None:
+    """So that it can become a status."""
+
+    async def refuse(generation: Generation) -> None:
+        raise BadRequest("n: too many.", "n")
+
+    generation = Generation(Drain(), refuse)
+    with pytest.raises(BadRequest):
+        await generation.admitted(timeout_seconds=60)
+    await generation.aclose()
+
+
+async def test_admission_is_not_waited_for_forever() -> None:
+    """After the time allowed the stream begins, and hears later what becomes of it."""
+
+    async def wait(generation: Generation) -> None:
+        await asyncio.Event().wait()
+
+    generation = Generation(Drain(), wait)
+    await generation.admitted(timeout_seconds=0)
+    await generation.aclose()
+
+
+async def test_the_drain_knows_what_runs_and_nothing_else() -> None:
+    """A generation is interrupted by the drain while it runs, and forgotten when it has ended."""
+    drain = Drain()
+    running, ended = Work(), Work()
+    generations = [Generation(drain, running), Generation(drain, ended)]
+    ended.may_end.set()
+    await read(generations[1])
+    drain.enter()
+    drain.begin()
+    await drain.wait(timeout_seconds=0, farewell_seconds=0)
+    with pytest.raises(ServerDraining):
+        await read(generations[0])
+    assert running.was_cancelled
+    for generation in generations:
+        await generation.aclose()
