@@ -1,0 +1,98 @@
+#include "rwkv7.h"
+
+#include <algorithm>
+
+#include "linear.h"
+#include "shift_mix.h"
+#include "wkv7.h"
+
+namespace sostenuto {
+
+namespace {
+
+// x += output(wkv7(projections of the mixes))
+void time_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer& layer, int64_t index,
+                 int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
+                 const Rwkv7Buffers& to) {
+    const auto& [m_r, m_w, m_k, m_v, m_a, m_g] = to.mixes;
+    const bool mixes_value = index > 0;
+    const Rows v = to.layer_value(index);
+
+    shift_mix(me, batch, x, width, layer.ln1, shift.data + index * shift.layer_stride, shift.slot_stride, layer.att_mix,
+              6, to.mixes, to.h);
+
+    // Small products first: what is large fills the end evenly.
+    const Product down[] = {
+        {m_w, layer.decay.down, {to.decay_hidden, nullptr, layer.decay.activation}},
+        {m_a, layer.rate.down, {to.a_hidden, nullptr, layer.rate.activation}},
+        {m_g, layer.gate.down, {to.gate_hidden, nullptr, layer.gate.activation}},
+        {m_r, layer.receptance, {to.r}},
+        {m_k, layer.key, {to.k}},
+        {m_v, layer.value, {v}},
+        {m_v, layer.value_mix.down, {to.value_hidden, nullptr, layer.value_mix.activation}},
+    };
+    multiply(me, down, mixes_value ? 7 : 6, batch.num_tokens);
+
+    const Product up[] = {
+        {to.decay_hidden, layer.decay.up, {to.decay, layer.decay.bias, layer.decay.output_activation}},
+        {to.a_hidden, layer.rate.up, {to.a, layer.rate.bias, layer.rate.output_activation}},
+        {to.gate_hidden, layer.gate.up, {to.gate, layer.gate.bias, layer.gate.output_activation}},
+        {to.value_hidden, layer.value_mix.up, {to.value_mix, layer.value_mix.bias, layer.value_mix.output_activation}},
+    };
+    multiply(me, up, mixes_value ? 4 : 3, batch.num_tokens);
+
+    const Rows absent{};
+    const sostenuto_wkv7_rows rows{to.r, to.k, v, to.decay, to.a, to.gate, mixes_value ? to.v_first : absent,
+                                   mixes_value ? to.value_mix : absent, to.y};
+    wkv7(me, batch, layer.wkv, rows, wkv.data + index * wkv.layer_stride, wkv.slot_stride);
+
+    const Product output{to.y, layer.output, {x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &output, 1, batch.num_tokens);
+}
+
+// x += value(relu(key(mix))^2)
+void channel_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer& layer, int64_t index,
+                    int64_t width, const Rows& x, const sostenuto_states& shift, const Rwkv7Buffers& to) {
+    const Rows& mixed = to.mixes[0];
+    shift_mix(me, batch, x, width, layer.ln2, shift.data + index * shift.layer_stride + width, shift.slot_stride,
+              layer.ffn_mix, 1, &mixed, to.h);
+    const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}};
+    multiply(me, &key, 1, batch.num_tokens);
+    const Product value{to.ffn_hidden, layer.ffn_value, {x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &value, 1, batch.num_tokens);
+}
+
+}  // namespace
+
+Rwkv7Buffers rwkv7_buffers(Arena& arena, const sostenuto_rwkv7_layer* layers, int64_t num_layers, int64_t width,
+                           int64_t num_tokens) {
+    // Formats are those of the matrices that read the rows; all layers agree on them.
+    const sostenuto_rwkv7_layer& layer = layers[num_layers - 1];
+    const int64_t A = layer.receptance.out;
+    const auto rows = [&](int64_t columns, int32_t format) { return arena.rows(num_tokens, columns, format); };
+    const auto floats = [&](int64_t columns) { return rows(columns, SOSTENUTO_FLOAT32); };
+    Rwkv7Buffers to;
+    to.h = floats(width);
+    const sostenuto_matrix* readers[] = {&layer.receptance, &layer.decay.down, &layer.key,
+                                         &layer.value,      &layer.rate.down,  &layer.gate.down};
+    for (int m = 0; m < 6; ++m) to.mixes[m] = rows(width, readers[m]->format);
+    for (Rows* each : {&to.r, &to.k, &to.v, &to.v_first, &to.decay, &to.a, &to.gate, &to.value_mix}) *each = floats(A);
+    to.decay_hidden = rows(layer.decay.up.in, layer.decay.up.format);
+    to.a_hidden = rows(layer.rate.up.in, layer.rate.up.format);
+    to.gate_hidden = rows(layer.gate.up.in, layer.gate.up.format);
+    to.value_hidden = rows(layer.value_mix.up.in, layer.value_mix.up.format);
+    to.y = rows(A, layer.output.format);
+    to.ffn_hidden = rows(layer.ffn_value.in, layer.ffn_value.format);
+    return to;
+}
+
+void rwkv7(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer* layers, int64_t num_layers,
+           int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
+           const Rwkv7Buffers& buffers) {
+    for (int64_t i = 0; i < num_layers; ++i) {
+        time_mixing(me, batch, layers[i], i, width, x, wkv, shift, buffers);
+        channel_mixing(me, batch, layers[i], i, width, x, shift, buffers);
+    }
+}
+
+}  // namespace sostenuto

@@ -1,0 +1,147 @@
+// Per head, with the state S [N value, N key] (formulas and sources: kernels/reference.py):
+//
+//   v  = v + (v_first - v) value_mix         kk = k k_k / max(|k k_k|, 1e-12)
+//   w  = exp(-exp(-1/2) sigmoid(decay))      k  = k (1 + (a - 1) k_a)
+//   S  = S diag(w) - (S kk)(kk a)^T + v k^T
+//   y  = (GroupNorm(S r) + (sum r k r_k) v) gate
+//
+// The rows of S do not know each other: row i needs v[i] and what all rows share. So a few rows at a time stay in
+// registers while time passes, and a step of decoding runs the same instructions as a prompt of any length.
+
+#include "wkv7.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace sostenuto {
+
+namespace {
+
+constexpr int64_t kSteps = 16;  // tokens prepared at a time: they stay in L1
+constexpr int kRows = 4;        // rows of S in registers
+
+// One head's inputs for one token, zero-padded to whole vectors.
+enum Input { kKk, kDecay, kRemoval, kKey, kReceptance, kValue, kNumInputs };
+
+struct Head {
+    const sostenuto_wkv7_parameters& p;
+    const sostenuto_wkv7_rows& rows;
+    int64_t size, padded, first;  // N, N in whole vectors, the head's first channel
+    float* inputs;                // [kSteps, kNumInputs, padded]
+    float* y;                     // [kSteps, padded]
+    float* bonus;                 // [kSteps]
+
+    float* input(int64_t step, Input which) const { return inputs + (step * kNumInputs + which) * padded; }
+};
+
+void prepare(const Head& head, int64_t token, int64_t step) {
+    const sostenuto_wkv7_rows& rows = head.rows;
+    vec squares{}, bonus{};
+    for (int64_t i = 0; i < head.size; i += W) {
+        const int64_t n = head.size - i, c = head.first + i;
+        const vec raw = get(rows.k, token, c, n) * load_first(head.p.k_k + c, n);
+        squares = fma(raw, raw, squares);
+        store(head.input(step, kKk) + i, raw);
+    }
+    const vec length = broadcast(std::max(std::sqrt(sum(squares)), 1e-12f));
+    for (int64_t i = 0; i < head.size; i += W) {
+        const int64_t n = head.size - i, c = head.first + i;
+        const vec a = get(rows.a, token, c, n), r = get(rows.r, token, c, n), k = get(rows.k, token, c, n);
+        const vec kk = load(head.input(step, kKk) + i) / length;
+        const vec key = k * fma(a - 1.0f, load_first(head.p.k_a + c, n), broadcast(1.0f));
+        vec v = get(rows.v, token, c, n);
+        if (rows.v_first.data != nullptr)
+            v = fma(get(rows.v_first, token, c, n) - v, get(rows.value_mix, token, c, n), v);
+        store(head.input(step, kKk) + i, kk);
+        store(head.input(step, kDecay) + i, exp(sigmoid(get(rows.decay, token, c, n)) * -0.60653065971263342f));
+        store(head.input(step, kRemoval) + i, -(kk * a));
+        store(head.input(step, kKey) + i, key);
+        store(head.input(step, kReceptance) + i, r);
+        store(head.input(step, kValue) + i, v);
+        bonus = fma(r * key, load_first(head.p.r_k + c, n), bonus);
+    }
+    head.bonus[step] = sum(bonus);
+}
+
+// Rows [row, row + kRows) of the state through `steps` tokens; V vectors hold a row.
+template <int V>
+void scan(const Head& head, float* state, int64_t row, int64_t steps) {
+    vec s[kRows][V];
+    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < V; ++j)
+            s[i][j] = row + i < head.size ? load_first(state + (row + i) * head.size + j * W, head.size - j * W) : vec{};
+    for (int64_t t = 0; t < steps; ++t) {
+        const float *kk = head.input(t, kKk), *w = head.input(t, kDecay), *b = head.input(t, kRemoval),
+                    *k = head.input(t, kKey), *r = head.input(t, kReceptance), *v = head.input(t, kValue) + row;
+        vec held[kRows]{}, read[kRows]{};
+        for (int j = 0; j < V; ++j)
+            for (int i = 0; i < kRows; ++i) held[i] = fma(s[i][j], load(kk + j * W), held[i]);
+        const vec sums = sum4(held);
+        const vec z[kRows] = {spread<0>(sums), spread<1>(sums), spread<2>(sums), spread<3>(sums)};
+        for (int j = 0; j < V; ++j)
+            for (int i = 0; i < kRows; ++i) {
+                const vec kept = fma(z[i], load(b + j * W), s[i][j] * load(w + j * W));
+                s[i][j] = fma(broadcast(v[i]), load(k + j * W), kept);
+                read[i] = fma(s[i][j], load(r + j * W), read[i]);
+            }
+        store_first(head.y + t * head.padded + row, sum4(read), kRows);
+    }
+    for (int i = 0; i < kRows && row + i < head.size; ++i)
+        for (int j = 0; j < V; ++j)
+            store_first(state + (row + i) * head.size + j * W, s[i][j], head.size - j * W);
+}
+
+using Scan = decltype(&scan<1>);
+
+Scan choose_scan(int64_t vectors) {
+    constexpr Scan scans[] = {scan<1>, scan<2>, scan<3>, scan<4>, scan<5>, scan<6>, scan<7>, scan<8>};
+    return scans[vectors - 1];
+}
+
+void finish(const Head& head, int64_t token, int64_t step) {
+    const float* y = head.y + step * head.padded;
+    const float size = static_cast<float>(head.size);
+    vec sums{}, squares{};
+    for (int64_t i = 0; i < head.size; i += W) sums = sums + load_first(y + i, head.size - i);
+    const vec mean = broadcast(sum(sums) / size);
+    for (int64_t i = 0; i < head.size; i += W) {
+        const vec d = first_lanes(load_first(y + i, head.size - i) - mean, head.size - i);
+        squares = fma(d, d, squares);
+    }
+    const vec scale = broadcast(1.0f / std::sqrt(sum(squares) / size + head.p.norm.eps));
+    const vec bonus = broadcast(head.bonus[step]);
+    for (int64_t i = 0; i < head.size; i += W) {
+        const int64_t n = head.size - i, c = head.first + i;
+        const vec normal = (load_first(y + i, n) - mean) * scale;
+        vec out = fma(normal, load_first(head.p.norm.weight + c, n), load_first(head.p.norm.bias + c, n));
+        out = fma(bonus, load(head.input(step, kValue) + i), out);
+        put(head.rows.y, token, c, out * get(head.rows.gate, token, c, n), n);
+    }
+}
+
+void advance(const Head& head, float* state, int64_t begin, int64_t end) {
+    const Scan scan_rows = choose_scan(head.padded / W);
+    for (int64_t t = begin; t < end; t += kSteps) {
+        const int64_t steps = std::min(kSteps, end - t);
+        for (int64_t i = 0; i < steps; ++i) prepare(head, t + i, i);
+        for (int64_t row = 0; row < head.size; row += kRows) scan_rows(head, state, row, steps);
+        for (int64_t i = 0; i < steps; ++i) finish(head, t + i, i);
+    }
+}
+
+}  // namespace
+
+void wkv7(Member& me, const sostenuto_batch& batch, const sostenuto_wkv7_parameters& p, const sostenuto_wkv7_rows& rows,
+          float* state, int64_t slot_stride) {
+    const int64_t H = p.num_heads, N = p.head_size, padded = round_up(N, W);
+    me.share(batch.num_sequences * H, [&](int64_t task) {
+        const int64_t b = task / H, h = task % H;
+        float* memory = static_cast<float*>(me.scratch(kSteps * ((kNumInputs + 1) * padded + 1) * sizeof(float)));
+        float* y = memory + kSteps * kNumInputs * padded;
+        const Head head{p, rows, N, padded, h * N, memory, y, y + kSteps * padded};
+        advance(head, state + batch.slots[b] * slot_stride + h * N * N, batch.starts[b], batch.starts[b + 1]);
+    });
+    me.share(batch.num_tokens, [&](int64_t token) { zero_padding(rows.y, token, H * N); });
+}
+
+}  // namespace sostenuto
