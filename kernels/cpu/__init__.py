@@ -7,16 +7,21 @@ on first use (`build`), binds it (`library`) and hands its operators to PyTorch'
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.cpu.build import CompileError, build
 from kernels.cpu.library import Team, load
 from kernels.cpu.operators import Operators
+
+if TYPE_CHECKING:
+    from kernels.cpu.fused import FusedRwkv7
+    from kernels.rwkv7 import Layer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,16 @@ def register(num_threads: int | None = None, cache_directory: Path | None = None
     if operators.team.num_threads != num_threads:
         operators.team = Team(operators.team.library, num_threads)
     return operators.team.target
+
+
+def fuse_rwkv7(layers: Sequence[Layer]) -> FusedRwkv7 | None:
+    """Return all `layers` as one call; None where they are not these operators' to run."""
+    from kernels.cpu.fused import FusedRwkv7, can_fuse
+
+    for operators in _registered:
+        if can_fuse(operators, layers):
+            return FusedRwkv7(operators, layers)
+    return None
 
 
 @contextmanager

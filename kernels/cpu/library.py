@@ -197,3 +197,10 @@ def floats(tensor: torch.Tensor) -> int:
 def norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:
     """Return a normalisation's parameters."""
     return Norm(floats(weight), floats(bias), eps)
+
+
+def states(view: torch.Tensor, layers: bool = False) -> States:
+    """Return a view `[S, ...]` of the float32 pool, or `[S, L, ...]` with `layers`, contiguous inside a slot."""
+    assert view.dtype == torch.float32
+    assert view[0].is_contiguous()
+    return States(view.data_ptr(), view.stride(0), view.stride(1) if layers else 0)

@@ -38,7 +38,7 @@ class Operators:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
         """See `kernels.Linear`."""
-        if not _is_ours(weight) or x.dtype not in FORMATS:
+        if not is_packed_here(weight) or x.dtype not in FORMATS:
             return eager.linear(x, weight, out_features)
         x = _with_rows(x)
         y = x.new_empty(len(x), out_features)
@@ -61,7 +61,7 @@ class Operators:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """See `kernels.LowRank`."""
-        if not _is_ours(down) or x.dtype not in FORMATS or dtype not in FORMATS:
+        if not is_packed_here(down) or x.dtype not in FORMATS or dtype not in FORMATS:
             return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
         x = _with_rows(x)
         y = x.new_empty(len(x), out_features, dtype=dtype)
@@ -111,7 +111,7 @@ class Operators:
             byref(library.rows(x)),
             x.shape[1],
             byref(library.norm(ln_weight, ln_bias, eps)),
-            byref(_states(shift)),
+            byref(library.states(shift)),
             library.floats(mix),
             len(mix),
             (Rows * len(mix))(*map(library.rows, out)),
@@ -157,7 +157,7 @@ class Operators:
             byref(library.batch(slots, starts, len(r))),
             byref(parameters),
             byref(library.Wkv7Rows(*map(library.rows, [*rows, y]))),
-            byref(_states(state)),
+            byref(library.states(state)),
         )
         return y
 
@@ -167,16 +167,10 @@ def as_matrix(packed: torch.Tensor, out_features: int, in_features: int) -> Matr
     return Matrix(packed.data_ptr(), out_features, in_features, FORMATS[packed.dtype])
 
 
-def _is_ours(packed: torch.Tensor) -> bool:
+def is_packed_here(packed: torch.Tensor) -> bool:
+    """Say whether `pack_linear` of this module made `packed`."""
     return packed.dim() == 1
 
 
 def _with_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _states(states: torch.Tensor) -> library.States:
-    """Return a view `[S, ...]` of the float32 pool, contiguous inside a slot."""
-    assert states.dtype == torch.float32
-    assert states[0].is_contiguous()
-    return library.States(states.data_ptr(), states.stride(0), 0)

@@ -1,6 +1,7 @@
 #include "rwkv7.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "linear.h"
 #include "shift_mix.h"
@@ -10,13 +11,26 @@ namespace sostenuto {
 
 namespace {
 
+// Products read whole steps: what lies beyond a row's width must be finite, for its weights are zero. Only rows of odd
+// width have such a place, and it keeps whatever it is given here, or what a wider layer left.
+void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
+    const Rows* read[] = {&to.mixes[0],     &to.mixes[1],  &to.mixes[2],     &to.mixes[3],      &to.mixes[4], &to.mixes[5],
+                          &to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y,        &to.ffn_hidden};
+    me.share(num_tokens, [&](int64_t row) {
+        for (const Rows* rows : read) {
+            const int64_t bytes = rows->stride * item_bytes(rows->format);
+            memset(static_cast<char*>(rows->data) + row * bytes, 0, bytes);
+        }
+    });
+}
+
 // x += output(wkv7(projections of the mixes))
 void time_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer& layer, int64_t index,
                  int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
                  const Rwkv7Buffers& to) {
     const auto& [m_r, m_w, m_k, m_v, m_a, m_g] = to.mixes;
     const bool mixes_value = index > 0;
-    const Rows v = to.layer_value(index);
+    const Rows v = mixes_value ? to.v : to.v_first;
 
     shift_mix(me, batch, x, width, layer.ln1, shift.data + index * shift.layer_stride, shift.slot_stride, layer.att_mix,
               6, to.mixes, to.h);
@@ -64,31 +78,36 @@ void channel_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rw
 
 }  // namespace
 
-Rwkv7Buffers rwkv7_buffers(Arena& arena, const sostenuto_rwkv7_layer* layers, int64_t num_layers, int64_t width,
-                           int64_t num_tokens) {
-    // Formats are those of the matrices that read the rows; all layers agree on them.
+Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_layer* layers, int64_t num_layers, int64_t width,
+                                   int64_t num_tokens) {
+    // Formats are those of the matrices that read the rows, and all layers agree on them; low-rank widths may differ.
     const sostenuto_rwkv7_layer& layer = layers[num_layers - 1];
     const int64_t A = layer.receptance.out;
-    const auto rows = [&](int64_t columns, int32_t format) { return arena.rows(num_tokens, columns, format); };
-    const auto floats = [&](int64_t columns) { return rows(columns, SOSTENUTO_FLOAT32); };
+    const auto floats = [&](int64_t columns) { return arena.rows(num_tokens, columns, SOSTENUTO_FLOAT32); };
+    const auto hidden = [&](sostenuto_low_rank sostenuto_rwkv7_layer::*which) {
+        int64_t widest = 0;
+        for (int64_t i = 0; i < num_layers; ++i) widest = std::max(widest, (layers[i].*which).up.in);
+        return arena.rows(num_tokens, widest, (layer.*which).up.format);
+    };
     Rwkv7Buffers to;
     to.h = floats(width);
     const sostenuto_matrix* readers[] = {&layer.receptance, &layer.decay.down, &layer.key,
                                          &layer.value,      &layer.rate.down,  &layer.gate.down};
-    for (int m = 0; m < 6; ++m) to.mixes[m] = rows(width, readers[m]->format);
+    for (int m = 0; m < 6; ++m) to.mixes[m] = arena.rows(num_tokens, width, readers[m]->format);
     for (Rows* each : {&to.r, &to.k, &to.v, &to.v_first, &to.decay, &to.a, &to.gate, &to.value_mix}) *each = floats(A);
-    to.decay_hidden = rows(layer.decay.up.in, layer.decay.up.format);
-    to.a_hidden = rows(layer.rate.up.in, layer.rate.up.format);
-    to.gate_hidden = rows(layer.gate.up.in, layer.gate.up.format);
-    to.value_hidden = rows(layer.value_mix.up.in, layer.value_mix.up.format);
-    to.y = rows(A, layer.output.format);
-    to.ffn_hidden = rows(layer.ffn_value.in, layer.ffn_value.format);
+    to.decay_hidden = hidden(&sostenuto_rwkv7_layer::decay);
+    to.a_hidden = hidden(&sostenuto_rwkv7_layer::rate);
+    to.gate_hidden = hidden(&sostenuto_rwkv7_layer::gate);
+    to.value_hidden = hidden(&sostenuto_rwkv7_layer::value_mix);
+    to.y = arena.rows(num_tokens, A, layer.output.format);
+    to.ffn_hidden = arena.rows(num_tokens, layer.ffn_value.in, layer.ffn_value.format);
     return to;
 }
 
 void rwkv7(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer* layers, int64_t num_layers,
            int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
            const Rwkv7Buffers& buffers) {
+    clear(me, batch.num_tokens, buffers);
     for (int64_t i = 0; i < num_layers; ++i) {
         time_mixing(me, batch, layers[i], i, width, x, wkv, shift, buffers);
         channel_mixing(me, batch, layers[i], i, width, x, shift, buffers);

@@ -51,10 +51,7 @@ void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int6
 
 void shift_mix(Member& me, const sostenuto_batch& batch, const Rows& x, int64_t width, const sostenuto_norm& norm,
                float* shift, int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
-    me.share(batch.num_tokens, [&](int64_t row) {
-        layer_norm(x, row, width, norm, h);
-        for (int m = 0; m < num_mixes; ++m) zero_padding(out[m], row, width);
-    });
+    me.share(batch.num_tokens, [&](int64_t row) { layer_norm(x, row, width, norm, h); });
     // Cut by channels, not by tokens: then whoever reads a kept row is also the one who replaces it.
     me.share((width + kChannels - 1) / kChannels, [&](int64_t task) {
         const int64_t begin = task * kChannels;

@@ -35,13 +35,21 @@ typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-static inline vec load(const float* p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
+typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+
+static inline void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
+
+// The same value, loaded once: compilers like to load it again for every instruction that uses it.
+static inline vec in_register(vec v) {
+#if defined(SOSTENUTO_AVX512)
+    asm("" : "+v"(v));
+#elif defined(SOSTENUTO_AVX2)
+    asm("" : "+x"(v));
+#endif
     return v;
 }
-
-static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 
 static inline vec broadcast(float x) { return x - vec{}; }  // keeps the sign of zero, and a NaN
 
@@ -57,10 +65,14 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+#if defined(SOSTENUTO_AVX512)
+static inline __mmask16 first(int64_t n) { return n >= W ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+#endif
+
 // The first n lanes from memory, zero in the others. Reads nothing beyond them.
 static inline vec load_first(const float* p, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
-    return _mm512_maskz_loadu_ps(n >= W ? 0xffff : (1u << n) - 1, p);
+    return _mm512_maskz_loadu_ps(first(n), p);
 #else
     vec v{};
     memcpy(&v, p, (n < W ? n : W) * sizeof(float));
@@ -70,17 +82,23 @@ static inline vec load_first(const float* p, int64_t n) {
 
 static inline void store_first(float* p, vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
-    _mm512_mask_storeu_ps(p, n >= W ? 0xffff : (1u << n) - 1, v);
+    _mm512_mask_storeu_ps(p, first(n), v);
 #else
     memcpy(p, &v, (n < W ? n : W) * sizeof(float));
 #endif
 }
 
+static inline void store4(float* p, vec v) { memcpy(p, &v, 4 * sizeof(float)); }
+
 // The first n lanes of v, zero in the others.
 static inline vec first_lanes(vec v, int64_t n) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_maskz_mov_ps(first(n), v);
+#else
     vec kept{};
-    store_first(reinterpret_cast<float*>(&kept), v, n);
+    memcpy(&kept, &v, (n < W ? n : W) * sizeof(float));
     return kept;
+#endif
 }
 
 static inline float from_bf16(bf16 x) {
@@ -99,7 +117,7 @@ static inline bf16 to_bf16(float x) {  // to nearest, ties to even, as PyTorch d
 
 static inline vec load_first(const bf16* p, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
-    const __m256i half = _mm256_maskz_loadu_epi16(n >= W ? 0xffff : (1u << n) - 1, p);
+    const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #else
     vec v{};
@@ -113,7 +131,7 @@ static inline vec load(const bf16* p) { return load_first(p, W); }
 static inline void store_first(bf16* p, vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
     const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
-    _mm256_mask_storeu_epi16(p, n >= W ? 0xffff : (1u << n) - 1, half);
+    _mm256_mask_storeu_epi16(p, first(n), half);
 #else
     for (int i = 0; i < W && i < n; ++i) p[i] = to_bf16(v[i]);
 #endif
@@ -123,11 +141,15 @@ static inline void store(bf16* p, vec v) { store_first(p, v, W); }
 
 // The sum of all lanes, halves first: one fixed order.
 static inline float sum(vec v) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_reduce_add_ps(v);
+#else
     float lanes[W];
     memcpy(lanes, &v, sizeof lanes);
     for (int half = W / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
+#endif
 }
 
 // The sums of four vectors, {s0, s1, s2, s3}, repeated along the vector.

@@ -145,7 +145,7 @@ void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const s
     Guard guard(team->lock);
     Rwkv7Buffers buffers;
     const auto lay_out = [&](Arena arena) {
-        buffers = rwkv7_buffers(arena, layers, num_layers, width, batch->num_tokens);
+        buffers = Rwkv7Buffers::lay_out(arena, layers, num_layers, width, batch->num_tokens);
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));

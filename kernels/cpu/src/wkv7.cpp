@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kSteps = 16;  // tokens prepared at a time: they stay in L1
 constexpr int kRows = 4;        // rows of S in registers
+constexpr int kAhead = 8;       // rows of S fetched before they are needed: they come from memory in a decode step
 
 // One head's inputs for one token, zero-padded to whole vectors.
 enum Input { kKk, kDecay, kRemoval, kKey, kReceptance, kValue, kNumInputs };
@@ -43,11 +44,11 @@ void prepare(const Head& head, int64_t token, int64_t step) {
         squares = fma(raw, raw, squares);
         store(head.input(step, kKk) + i, raw);
     }
-    const vec length = broadcast(std::max(std::sqrt(sum(squares)), 1e-12f));
+    const vec to_unit = broadcast(1.0f / std::max(std::sqrt(sum(squares)), 1e-12f));
     for (int64_t i = 0; i < head.size; i += W) {
         const int64_t n = head.size - i, c = head.first + i;
         const vec a = get(rows.a, token, c, n), r = get(rows.r, token, c, n), k = get(rows.k, token, c, n);
-        const vec kk = load(head.input(step, kKk) + i) / length;
+        const vec kk = load(head.input(step, kKk) + i) * to_unit;
         const vec key = k * fma(a - 1.0f, load_first(head.p.k_a + c, n), broadcast(1.0f));
         vec v = get(rows.v, token, c, n);
         if (rows.v_first.data != nullptr)
@@ -63,39 +64,71 @@ void prepare(const Head& head, int64_t token, int64_t step) {
     head.bonus[step] = sum(bonus);
 }
 
-// Rows [row, row + kRows) of the state through `steps` tokens; V vectors hold a row.
+// Rows of the state times x, lane by lane.
 template <int V>
-void scan(const Head& head, float* state, int64_t row, int64_t steps) {
-    vec s[kRows][V];
-    for (int i = 0; i < kRows; ++i)
-        for (int j = 0; j < V; ++j)
-            s[i][j] = row + i < head.size ? load_first(state + (row + i) * head.size + j * W, head.size - j * W) : vec{};
-    for (int64_t t = 0; t < steps; ++t) {
-        const float *kk = head.input(t, kKk), *w = head.input(t, kDecay), *b = head.input(t, kRemoval),
-                    *k = head.input(t, kKey), *r = head.input(t, kReceptance), *v = head.input(t, kValue) + row;
-        vec held[kRows]{}, read[kRows]{};
-        for (int j = 0; j < V; ++j)
-            for (int i = 0; i < kRows; ++i) held[i] = fma(s[i][j], load(kk + j * W), held[i]);
-        const vec sums = sum4(held);
-        const vec z[kRows] = {spread<0>(sums), spread<1>(sums), spread<2>(sums), spread<3>(sums)};
-        for (int j = 0; j < V; ++j)
-            for (int i = 0; i < kRows; ++i) {
-                const vec kept = fma(z[i], load(b + j * W), s[i][j] * load(w + j * W));
-                s[i][j] = fma(broadcast(v[i]), load(k + j * W), kept);
-                read[i] = fma(s[i][j], load(r + j * W), read[i]);
-            }
-        store_first(head.y + t * head.padded + row, sum4(read), kRows);
+inline void dot(const vec (&s)[kRows][V], const float* x, vec (&sums)[kRows]) {
+    for (int i = 0; i < kRows; ++i) sums[i] = vec{};
+    for (int j = 0; j < V; ++j) {
+        const vec each = in_register(load(x + j * W));
+        for (int i = 0; i < kRows; ++i) sums[i] = fma(s[i][j], each, sums[i]);
     }
-    for (int i = 0; i < kRows && row + i < head.size; ++i)
-        for (int j = 0; j < V; ++j)
-            store_first(state + (row + i) * head.size + j * W, s[i][j], head.size - j * W);
 }
 
-using Scan = decltype(&scan<1>);
+// Rows [row, row + kRows) of the state through `steps` tokens; V vectors hold a row. Rows beyond the last are zero.
+// `whole`: they are all there, and fill their vectors.
+template <int V, bool whole>
+void scan(const Head& head, float* state, int64_t row, int64_t steps) {
+    constexpr int64_t padded = V * W;
+    const int64_t size = whole ? padded : head.size;
+    float* rows = state + row * size;
+    vec s[kRows][V];
+    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < V; ++j) {
+            const float* at = rows + i * size + j * W;
+            s[i][j] = whole ? load(at) : load_first(at, row + i < size ? size - j * W : 0);
+            __builtin_prefetch(at + kAhead * size, 1);
+        }
+    const float* in = head.inputs;
+    float* y = head.y + row;
+    vec held[kRows];
+    dot<V>(s, in + kKk * padded, held);
+    for (int64_t t = 0; t < steps; ++t) {
+        const vec sums = sum4(held);
+        const vec z[kRows] = {spread<0>(sums), spread<1>(sums), spread<2>(sums), spread<3>(sums)};
+        const float* v = in + kValue * padded + row;
+        for (int j = 0; j < V; ++j) {
+            const vec w = in_register(load(in + kDecay * padded + j * W));
+            const vec b = in_register(load(in + kRemoval * padded + j * W));
+            const vec k = in_register(load(in + kKey * padded + j * W));
+            for (int i = 0; i < kRows; ++i) s[i][j] = fma(broadcast(v[i]), k, fma(z[i], b, s[i][j] * w));
+        }
+        // What the next step waits for comes before this step's result: their latencies overlap.
+        if (t + 1 < steps) dot<V>(s, in + (kNumInputs + kKk) * padded, held);
+        vec read[kRows];
+        dot<V>(s, in + kReceptance * padded, read);
+        store4(y, sum4(read));
+        in += kNumInputs * padded;
+        y += padded;
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < V; ++j) {
+            float* at = rows + i * size + j * W;
+            if (whole) {
+                store(at, s[i][j]);
+            } else {
+                store_first(at, s[i][j], row + i < size ? size - j * W : 0);
+            }
+        }
+}
 
-Scan choose_scan(int64_t vectors) {
-    constexpr Scan scans[] = {scan<1>, scan<2>, scan<3>, scan<4>, scan<5>, scan<6>, scan<7>, scan<8>};
-    return scans[vectors - 1];
+using Scan = decltype(&scan<1, true>);
+
+Scan choose_scan(int64_t size) {
+    constexpr Scan whole[] = {scan<1, true>, scan<2, true>, scan<3, true>, scan<4, true>,
+                              scan<5, true>, scan<6, true>, scan<7, true>, scan<8, true>};
+    constexpr Scan partial[] = {scan<1, false>, scan<2, false>, scan<3, false>, scan<4, false>,
+                                scan<5, false>, scan<6, false>, scan<7, false>, scan<8, false>};
+    return size % W == 0 ? whole[size / W - 1] : partial[size / W];
 }
 
 void finish(const Head& head, int64_t token, int64_t step) {
@@ -120,7 +153,7 @@ void finish(const Head& head, int64_t token, int64_t step) {
 }
 
 void advance(const Head& head, float* state, int64_t begin, int64_t end) {
-    const Scan scan_rows = choose_scan(head.padded / W);
+    const Scan scan_rows = choose_scan(head.size);
     for (int64_t t = begin; t < end; t += kSteps) {
         const int64_t steps = std::min(kSteps, end - t);
         for (int64_t i = 0; i < steps; ++i) prepare(head, t + i, i);
@@ -141,7 +174,6 @@ void wkv7(Member& me, const sostenuto_batch& batch, const sostenuto_wkv7_paramet
         const Head head{p, rows, N, padded, h * N, memory, y, y + kSteps * padded};
         advance(head, state + batch.slots[b] * slot_stride + h * N * N, batch.starts[b], batch.starts[b + 1]);
     });
-    me.share(batch.num_tokens, [&](int64_t token) { zero_padding(rows.y, token, H * N); });
 }
 
 }  // namespace sostenuto
