@@ -19,10 +19,17 @@ from torch import nn
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # of state copied out at once: a CPU tile stays in its cache
 
 _LOG_DECAY_BOUND = -math.exp(-0.5)  # RWKV-7: log w = -exp(-0.5) * sigmoid(dw), so w lies in (0.545, 1)
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """As `torch.sigmoid`, which rounds the last elements of a tensor differently from all others."""
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda x: x,
     "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+    "sigmoid": _sigmoid,
 }
 
 
@@ -51,6 +58,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Te
 
 def _matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.is_mkldnn:
+        if len(x) == 1 and x.dtype == torch.float32:
+            # oneDNN sums a lone float32 row over long inputs in another order; of two rows each is as in any batch
+            return _matmul(x.expand(2, -1), weight)[:1]
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
         return result
     return nn.functional.linear(x, weight)
@@ -100,7 +110,8 @@ def shift_mix(
         previous = torch.roll(h, 1, 0).index_copy_(0, starts[:-1], carried)
         last = h.index_select(0, starts[1:] - 1)
     shift.index_copy_(0, slots, last)
-    return torch.addcmul(h, previous - h, mix[:, None, :]).to(dtype)
+    # Not addcmul or lerp: those round differently with a broadcast operand, depending on the number of rows.
+    return ((previous - h) * mix[:, None, :]).add_(h).to(dtype)
 
 
 def wkv7(
@@ -129,7 +140,7 @@ def wkv7(
         v = torch.lerp(v, v_first.float().view(T, H, N), value_mix.float().view(T, H, N))
     kk = nn.functional.normalize(k * k_k.view(H, N), dim=-1, eps=1e-12)
     k = k * (1 + (a - 1) * k_a.view(H, N))
-    w = torch.exp(_LOG_DECAY_BOUND * torch.sigmoid(decay.float())).view(T, H, N)
+    w = torch.exp(_LOG_DECAY_BOUND * _sigmoid(decay.float())).view(T, H, N)
     y = _scan(state, slots, starts, torch.stack([kk, w, r, -kk * a, k, v], dim=2)).view(T, C)
     y = nn.functional.group_norm(y, H, ln_weight, ln_bias, eps)
     bonus = (r * k * r_k).sum(-1, keepdim=True) * v

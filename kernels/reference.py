@@ -146,7 +146,7 @@ def wkv_head(
 
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     """Return `x[H, N]` with every row of Euclidean length 1; a row of zeros stays zero."""
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)
+    return x / x.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def group_norm(y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,5 +1,111 @@
 """The `sostenuto` command."""
 
+from __future__ import annotations
 
-def main() -> None:
-    """Run the command line."""
+import argparse
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from server.settings import DEFAULT_MODEL, Settings, SettingsError
+
+USAGE_ERROR = 2
+START_ERROR = 1
+
+NO_DEFAULT_MODEL = f"""\
+sostenuto: no MODEL given, and the bundled default model is not there yet ({DEFAULT_MODEL}).
+Name one: sostenuto serve path/to/model.pth"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status: 0, 1 if the server cannot start, 2 if it is asked wrongly."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    given = vars(_parser().parse_args(arguments))
+    del given["command"]
+    config, check_config = given.pop("config", None), given.pop("check_config", False)
+    try:
+        settings = Settings.load(given, config)
+    except SettingsError as error:
+        return _fail(f"sostenuto: {error}", USAGE_ERROR)
+    if check_config:
+        print(json.dumps(settings.printable(), indent=2))
+        return 0
+    if not settings.model_path.exists():
+        missing = NO_DEFAULT_MODEL if settings.model is None else f"sostenuto: no such model: {settings.model}"
+        return _fail(missing, USAGE_ERROR)
+    return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    # Imported late: --help, --version and a refused configuration need neither an engine nor a web framework.
+    from engine.errors import EngineError
+    from server.conversations.ledger import LedgerError
+    from server.process import serve
+
+    try:
+        return serve(settings)
+    except (EngineError, LedgerError, OSError) as error:
+        return _fail(f"sostenuto: cannot start: {error}", START_ERROR)
+
+
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sostenuto", description="An async inference server with stateful conversations for RWKV language models."
+    )
+    parser.add_argument("--version", action="version", version=f"sostenuto {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over the OpenAI API",
+        description="Serve a model over the OpenAI API. Every flag can also be set in the environment "
+        "(SOSTENUTO_MAX_NUM_SEQS=8) or in a TOML file (max_num_seqs = 8); flags win over both.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    serve.add_argument("--check-config", action="store_true", help="print the effective configuration and exit")
+    for name, field in Settings.model_fields.items():
+        _add_flag(serve, name, field.annotation, str(field.description), field.get_default())
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, annotation: object, description: str, default: Any) -> None:
+    described = description if default is None or default is False else f"{description} (default: {default})"
+    described = described.replace("%", "%%")
+    if name == "model":
+        parser.add_argument(name, nargs="?", metavar="MODEL", help=described)
+    elif annotation is bool:
+        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=described)
+    else:
+        parser.add_argument(_flag(name), metavar=_metavar(annotation), help=described)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(annotation: object) -> str:
+    if typing.get_origin(annotation) is types.UnionType:
+        annotation = typing.get_args(annotation)[0]
+    return {int: "N", float: "X", Path: "PATH"}.get(typing.cast("type", annotation), "VALUE")
+
+
+def _version() -> str:
+    try:
+        return version("sostenuto")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unreleased"

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from engine.weights.synthetic import save_synthetic
 from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No test is about time: a busy machine is not a defect.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[int]]) -> TorchModelRunner:
-    """Return a runner for the model of `config`, with two slots for each of its sequences.
+    """Return a runner for the model of `config`: two slots for each sequence, one being for snapshots, and one more.
 
     `forbidden_ids` is asked for the ids without bytes once the model, and with it the vocabulary's size, is known.
     Raises `ModelFileError`.
@@ -46,15 +46,14 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     device = choose_device(config.device)
     kernels.select_backend(device)
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
-    return TorchModelRunner(model, 2 * config.max_num_seqs, forbidden_ids(model))
+    return TorchModelRunner(model, 2 * config.max_num_seqs + 1, forbidden_ids(model))
 
 
 class TorchModelRunner:
     """Implements `engine.runner.plan.ModelRunner`.
 
-    `num_slots` are the caller's to use: one for each running sequence, and as many for snapshots. The pool has one
-    more, for padding. Rows fail alone: a chunk with an impossible token id is not run, a chunk whose row became NaN or
-    infinite is reported, and neither touches its neighbours.
+    The last of the `num_slots` is the runner's own, for padding. Rows fail alone: a chunk with an impossible token id
+    is not run, a chunk whose row became NaN or infinite is reported, and neither touches its neighbours.
     """
 
     def __init__(self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = ()) -> None:
@@ -66,11 +65,13 @@ class TorchModelRunner:
         self._penalties = PenaltyCounters(num_slots, self.vocab_size, model.device)
         self._forbidden_ids = torch.tensor(sorted(forbidden_ids), dtype=torch.int64, device=model.device)
 
+    @torch.inference_mode()
     def start(self, slot: int) -> None:
         """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
         self.pool.clear(slot)
         self._penalties.reset(slot)
 
+    @torch.inference_mode()
     def load(self, slot: int, state: RecurrentState) -> None:
         """As `start`, from `state`."""
         self.pool.load(slot, state)
@@ -95,8 +96,8 @@ class TorchModelRunner:
 
     def _check_slots(self, plan: StepPlan) -> None:
         slots = [chunk.slot for chunk in plan.chunks]
-        if len(set(slots)) != len(slots) or not all(0 <= slot < self.num_slots for slot in slots):
-            raise ValueError(f"a step needs distinct slots in [0, {self.num_slots}), not {slots}")
+        if len(set(slots)) != len(slots) or not all(0 <= slot < self.pool.scratch_slot for slot in slots):
+            raise ValueError(f"a step needs distinct slots in [0, {self.pool.scratch_slot}), not {slots}")
         if not all(chunk.token_ids for chunk in plan.chunks):
             raise ValueError("a chunk without tokens has no last row")
 

@@ -59,7 +59,7 @@ class ModelRunner(Protocol):
     """
 
     spec: StateSpec
-    num_slots: int
+    num_slots: int  # the last one is the runner's own, for padding
     vocab_size: int
 
     def step(self, plan: StepPlan) -> StepOutput:

@@ -10,7 +10,7 @@ from engine.state.memory_store import MemoryStore
 from engine.state.redis_store import RedisStateStore
 from engine.state.store import StateStore
 
-REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_PREFIXES = ("redis://", "rediss://", "unix://")
 
 
 def open_store(url: str) -> StateStore:
@@ -19,14 +19,21 @@ def open_store(url: str) -> StateStore:
     `file:///` + an absolute path (`Path.as_uri()`); `redis://` (`rediss://` over TLS, `unix://` over a socket);
     `memory:`.
     """
-    parts = urlsplit(url)
     if url == "memory:":
         return MemoryStore()
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.strip("/"):
-        return FileStore(Path(unquote(parts.path)))
-    if parts.scheme in REDIS_SCHEMES:
+    if url.startswith("file:///") and url.strip("/") != "file:":
+        return FileStore(Path(unquote(urlsplit(url).path)))
+    if not url.startswith(REDIS_PREFIXES):
+        raise ValueError(
+            "the address of a state store is memory:, or begins with file:/// (an absolute path), redis://, rediss:// "
+            "or unix://"
+        )
+    try:
+        database = "" if url.startswith("unix://") else urlsplit(url).path.strip("/")
+        int(database or 0)  # redis-py would take anything else for database 0
         return RedisStateStore(url)
-    raise ValueError(
-        "a state store's address is memory:, or begins with file:///DIRECTORY (an absolute path), redis://, rediss:// "
-        f"or unix://; got {parts.scheme!r}"
-    )
+    except ValueError:  # its message may repeat a piece of the password
+        raise ValueError(
+            "the address of a Redis state store is redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], "
+            "with %XX for special characters in a password"
+        ) from None

@@ -10,8 +10,8 @@ from engine.state.spec import RecurrentState, StateSpec
 class StatePool:
     """States on a device, slot-major: one state is one contiguous row, so saving one is one copy.
 
-    Slots `[0, num_slots)` belong to the scheduler. One more row, `scratch_slot`, takes what padding rows write; its
-    content means nothing. Used from the engine's one thread.
+    The last slot is `scratch_slot`: it takes what padding rows write, and its content means nothing. All others belong
+    to the scheduler. Used from the engine's one thread.
     """
 
     def __init__(self, spec: StateSpec, num_slots: int, device: torch.device) -> None:
@@ -19,8 +19,8 @@ class StatePool:
             raise ValueError("the pool keeps float32 states")
         self.spec = spec
         self.num_slots = num_slots
-        self.scratch_slot = num_slots
-        self._data = torch.zeros(num_slots + 1, spec.num_bytes // 4, device=device)  # [S, P]
+        self.scratch_slot = num_slots - 1
+        self._data = torch.zeros(num_slots, spec.num_bytes // 4, device=device)  # [S, P]
         views = split_state(self._data, spec)
         self.wkv = views["wkv"]  # [S, L, H, N(value), N(key)]
         self.shift = views["shift"]  # [S, L, 2, C]; 0: before time mixing, 1: before channel mixing

@@ -86,7 +86,8 @@ class RedisStateStore:
                 pipeline.lpush(QUARANTINE, checkpoint_id)
                 pipeline.lrange(QUARANTINE, MAX_QUARANTINED, -1)
                 pipeline.ltrim(QUARANTINE, 0, MAX_QUARANTINED - 1)
-                _, _, oldest, _ = pipeline.execute()
+                pipeline.expire(QUARANTINE, QUARANTINE_SECONDS)
+                _, _, oldest, _, _ = pipeline.execute()
             if oldest:
                 self._redis.unlink(*(f"{QUARANTINE}:{name.decode()}" for name in oldest))
 
@@ -115,7 +116,7 @@ class RedisStateStore:
 
     def _complete_size(self, key: str) -> int:
         """Return the size of a blob whose chunks are all there, as far as their number tells; so it can be trusted."""
-        with self._redis.pipeline(transaction=True) as pipeline:
+        with self._redis.pipeline(transaction=False) as pipeline:  # a full Redis refuses transactions, even to read
             pipeline.hget(key, SIZE)
             pipeline.hlen(key)
             size, num_fields = pipeline.execute()

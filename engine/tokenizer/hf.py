@@ -21,7 +21,8 @@ from engine.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 FILE_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"  # beside it, optional; says which token ends the text
 
-_PROBE = 'A b  c\n\n\td"é 好的。👍🏽'
+_SPACE_MARK = "▁"  # how SentencePiece writes a space in the name of a token
+_PROBE = f'A b  c\n\n\td"é 好的。👍🏽{_SPACE_MARK}x'
 _BYTES_IN_UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -37,6 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
         specials = {i: token.content for i, token in self._codec.get_added_tokens_decoder().items() if token.special}
         eos_token = _eos_token(path.with_name(CONFIG_NAME), specials)
         eos_ids = tuple(i for i, content in specials.items() if content == eos_token)
+        self._marks_spaces = _marks_spaces(settings)
         super().__init__(str(path), _token_table(self._codec, settings), vocab_size, eos_ids, eos_token)
         self._byte_ids = {data[0]: i for i, data in reversed(tuple(enumerate(self._tokens))) if len(data) == 1}
         self._refuse_lossy()
@@ -44,8 +46,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
         text.encode()  # raises for lone surrogates, of which the library only says that they are no str
-        token_ids: list[int] = self._codec.encode(text, add_special_tokens=False).ids
-        return token_ids
+        if not self._marks_spaces:
+            return self._encode_part(text)
+        first, *others = map(self._encode_part, text.split(_SPACE_MARK))
+        for part in others:
+            first += [*self._spell(_SPACE_MARK.encode()), *part]  # a mark that is meant would come back as a space
+        return first
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Return the ids of `data` as text if it is text and comes back unchanged, else one token a byte."""
@@ -55,6 +61,13 @@ class HuggingFaceTokenizer(Tokenizer):
             token_ids = []
         if b"".join(map(self.token_bytes, token_ids)) == data:
             return token_ids
+        return self._spell(data)
+
+    def _encode_part(self, text: str) -> list[int]:
+        token_ids: list[int] = self._codec.encode(text, add_special_tokens=False).ids
+        return token_ids
+
+    def _spell(self, data: bytes) -> list[int]:
         return [self._byte_ids[byte] for byte in data]
 
     def _refuse_lossy(self) -> None:
@@ -117,11 +130,20 @@ def _token_table(codec: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[
 
 def _spelling(settings: dict[str, Any]) -> Callable[[str], bytes]:
     """Return what turns the name of a token in this vocabulary into its bytes."""
-    decoders = set(_component_types(settings.get("decoder")))
-    if "ByteLevel" in decoders or "ByteLevel" in _component_types(settings.get("pre_tokenizer")):
+    if _is_byte_level(settings):
         return _spell_byte_level
-    space = "▁" if decoders & {"Metaspace", "Replace"} else " "
+    space = _SPACE_MARK if _marks_spaces(settings) else " "
     return lambda token: _spell_with_fallback(token, space)
+
+
+def _is_byte_level(settings: dict[str, Any]) -> bool:
+    return any("ByteLevel" in _component_types(settings.get(part)) for part in ("decoder", "pre_tokenizer"))
+
+
+def _marks_spaces(settings: dict[str, Any]) -> bool:
+    return not _is_byte_level(settings) and not {"Metaspace", "Replace"}.isdisjoint(
+        _component_types(settings.get("decoder"))
+    )
 
 
 def _component_types(component: dict[str, Any] | None) -> Iterator[str]:

@@ -28,9 +28,7 @@ _VOCABULARY_SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a90855
 _END_OF_TEXT_ID = 0
 _TOKEN = -1  # the key, beside the bytes 0..255, under which a trie node keeps the token that ends there
 
-# A node maps the next byte to the next node. mypy knows no recursive dict with values of two kinds that would be
-# checked without a cast at every step of the inner loop.
-_Node = dict[int, Any]
+_Node = dict[int, Any]  # the next node under each byte that can follow, a token id under _TOKEN
 
 
 class WorldTokenizer(Tokenizer):

@@ -7,6 +7,7 @@ costs nothing until a tensor is used.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,8 +57,7 @@ def _open_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _open_pth(file: Path) -> dict[str, torch.Tensor]:
     # Only the zip form of `torch.save` can be mapped; files written by very old versions are read whole.
-    is_zip = file.open("rb").read(2) == b"PK"
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
     odd = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from server.conversations.ledger import Ledger
 from server.conversations.redis_ledger import RedisLedger
 from server.conversations.sqlite_ledger import SqliteLedger
 
 SQLITE_PREFIX = "sqlite:///"
-REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_PREFIXES = ("redis://", "rediss://", "unix://")
 
 
 def open_ledger(url: str) -> Ledger:
@@ -17,13 +18,20 @@ def open_ledger(url: str) -> Ledger:
 
     `sqlite:///` + a path, relative or absolute; `redis://` (`rediss://` over TLS, `unix://` over a socket); `memory:`.
     """
-    scheme, separator, _ = url.partition(":")
     if url == "memory:":
         return SqliteLedger(None)
     if url.startswith(SQLITE_PREFIX) and url != SQLITE_PREFIX:
         return SqliteLedger(Path(url.removeprefix(SQLITE_PREFIX)))
-    if separator and scheme in REDIS_SCHEMES:
+    if not url.startswith(REDIS_PREFIXES):
+        raise ValueError(
+            "the address of a ledger is memory:, or begins with sqlite:///, redis://, rediss:// or unix://"
+        )
+    try:
+        database = "" if url.startswith("unix://") else urlsplit(url).path.strip("/")
+        int(database or 0)  # redis-py would take anything else for database 0
         return RedisLedger(url)
-    raise ValueError(
-        f"a ledger's address begins with sqlite:///PATH, redis://, rediss:// or unix://, or is memory:; got {scheme!r}"
-    )
+    except ValueError:  # its message may repeat a piece of the password
+        raise ValueError(
+            "the address of a Redis ledger is redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], "
+            "with %XX for special characters in a password"
+        ) from None

@@ -10,11 +10,11 @@ local function now_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- 'missing', 'expired' or 'alive'
+-- 'missing', 'expired' or 'alive'. A conversation outlives its lease: none expires under a running turn.
 local function existence(now)
-  local expires_at = redis.call('HGET', KEYS[1], 'expires_at')
-  if not expires_at then return 'missing' end
-  if tonumber(expires_at) <= now then return 'expired' end
+  local times = redis.call('HMGET', KEYS[1], 'expires_at', 'lease_until')
+  if not times[1] then return 'missing' end
+  if math.max(tonumber(times[1]), tonumber(times[2] or 0)) <= now then return 'expired' end
   return 'alive'
 end
 
@@ -22,13 +22,6 @@ end
 local function is_leased(fence, now)
   local lease = redis.call('HMGET', KEYS[1], 'fence', 'lease_until')
   return lease[1] == fence and lease[2] and tonumber(lease[2]) > now
-end
-
--- Lets the lease last ttl_ms from now; a conversation outlives its lease, so none expires under a running turn.
-local function extend_lease(now, ttl_ms)
-  local lease_until = now + ttl_ms
-  local expires_at = tonumber(redis.call('HGET', KEYS[1], 'expires_at'))
-  redis.call('HSET', KEYS[1], 'lease_until', lease_until, 'expires_at', math.max(expires_at, lease_until))
 end
 
 -- Leaves nothing of the conversation but the fact that it existed, until the time given.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -48,7 +48,7 @@ TIMEOUT_SECONDS = 2.0  # promise P11: an answer or an error, whatever became of 
 MAX_CONNECTIONS = 32
 SWEEP_PAGE = 500
 
-SCRIPTS = ("create", "acquire", "renew", "release", "commit", "point", "delete", "expire")
+SCRIPTS = ("create", "read", "acquire", "renew", "release", "commit", "point", "delete", "expire")
 
 Result = TypeVar("Result")
 
@@ -118,17 +118,30 @@ class RedisLedger:
 
     async def get(self, conversation_id: str) -> Conversation:
         """See `Ledger.get`."""
-        return await self._call(self._read_head, conversation_id)
+        status, *reply = await self._run("read", conversation_id)
+        _check(status, conversation_id)
+        return _decode_head(reply[0], conversation_id)
 
     async def turns(self, conversation_id: str, after_version: int = 0) -> list[Turn]:
         """See `Ledger.turns`."""
-        return await self._call(self._read_turns, conversation_id, after_version)
+        head = await self.get(conversation_id)
+        if after_version >= head.version:
+            return []
+        # What is in the log up to the head never changes, so it may be read later, and outside of Lua.
+        log: list[bytes] = await self._call(
+            self._redis.execute_command, "LRANGE", _turns_key(conversation_id), after_version, head.version - 1
+        )
+        try:
+            return records.decode_turns(log, head, after_version)
+        except LedgerCorrupt:
+            await self.get(conversation_id)  # if it has gone since, then that is the answer
+            raise
 
     async def delete(self, conversation_id: str) -> Conversation:
         """See `Ledger.delete`."""
         status, *reply = await self._run("delete", conversation_id, self._tombstone_ms)
         _check(status, conversation_id)
-        return _decode_head(_pairs(reply[0]), conversation_id)
+        return _decode_head(reply[0], conversation_id)
 
     async def sweep(self) -> list[CheckpointRef]:
         """See `Ledger.sweep`. Redis forgets old tombstones by itself."""
@@ -141,31 +154,22 @@ class RedisLedger:
                 unreferenced += map(records.decode_checkpoint, reply)
         return unreferenced
 
-    async def _read_head(self, conversation_id: str) -> Conversation:
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.time()
-            pipeline.hgetall(_head_key(conversation_id))
-            time, fields = await pipeline.execute()
-        return _decode_living_head(fields, conversation_id, time)
-
-    async def _read_turns(self, conversation_id: str, after_version: int) -> list[Turn]:
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.time()
-            pipeline.hgetall(_head_key(conversation_id))
-            pipeline.lrange(_turns_key(conversation_id), after_version, -1)
-            time, fields, log = await pipeline.execute()
-        return records.decode_turns(log, _decode_living_head(fields, conversation_id, time), after_version)
-
     async def _scan_expired(self, cursor: int) -> tuple[int, list[str]]:
-        """Return where to go on and the expired conversations of one page of the keys, in no order, maybe twice."""
-        cursor, keys = await self._redis.scan(cursor, match="rk:{*}:m", count=SWEEP_PAGE)
+        """Return where to go on, and which conversations of one page of the keys are past their time to live."""
+        page: Any = await self._redis.scan(cursor, match="rk:{*}:m", count=SWEEP_PAGE)
+        cursor, keys = page
         async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.time()
             for key in keys:
                 pipeline.hget(key, "expires_at")
-            time, *expiries = await pipeline.execute()
-        expired = [key for key, expiry in zip(keys, expiries, strict=True) if 0 < int(expiry or 0) <= _now_ms(time)]
-        return cursor, [_conversation_id(key) for key in expired]
+            time, *expiries = await pipeline.execute(raise_on_error=False)
+        expired_ids = [
+            _conversation_id(key)
+            for key, expiry in zip(keys, expiries, strict=True)
+            # What is no time is damaged, and whoever asks for that conversation is told so.
+            if isinstance(expiry, bytes) and expiry.isdigit() and 0 < int(expiry) <= _now_ms(time)
+        ]
+        return cursor, expired_ids
 
     # -- leases -----------------------------------------------------------------------------------------------------
 
@@ -192,7 +196,7 @@ class RedisLedger:
         _check(status, conversation_id)
         fence, fields = reply
         lease = Lease(conversation_id=conversation_id, owner=owner, fence=fence, ttl_seconds=ttl_seconds)
-        return lease, _decode_head(_pairs(fields), conversation_id)
+        return lease, _decode_head(fields, conversation_id)
 
     # -- turns ------------------------------------------------------------------------------------------------------
 
@@ -299,19 +303,9 @@ def _check(status: bytes, conversation_id: str) -> None:
             raise LedgerCorrupt(f"conversation {conversation_id!r} has lost turns: its log does not reach its version")
 
 
-def _decode_living_head(fields: Mapping[bytes, bytes], conversation_id: str, time: tuple[int, int]) -> Conversation:
-    if not fields:
-        raise ConversationNotFound(f"there is no conversation {conversation_id!r}")
-    try:
-        is_expired = int(fields[b"expires_at"]) <= _now_ms(time)
-    except (KeyError, ValueError) as error:
-        raise LedgerCorrupt(f"the head of conversation {conversation_id!r} is damaged: {error!r}") from error
-    if is_expired:
-        raise ConversationExpired(f"conversation {conversation_id!r} is gone")
-    return _decode_head(fields, conversation_id)
-
-
-def _decode_head(fields: Mapping[bytes, bytes], conversation_id: str) -> Conversation:
+def _decode_head(flat: Sequence[bytes], conversation_id: str) -> Conversation:
+    """Return the head in a hash as Lua returns it: names and values by turns."""
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
     try:
         return records.decode_head(
             fields[b"head"],
@@ -326,11 +320,6 @@ def _decode_head(fields: Mapping[bytes, bytes], conversation_id: str) -> Convers
         raise LedgerCorrupt(f"the head of conversation {conversation_id!r} is damaged: {error!r}") from error
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
-    """Return a hash as Lua returns it, names and values in turns, as a dictionary."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
 def _head_key(conversation_id: str) -> str:
     # Quoted, so that no id can break the hash tag that keeps a conversation's keys on one node of a cluster.
     return f"rk:{{{quote(conversation_id, safe=':')}}}:m"
@@ -340,8 +329,7 @@ def _turns_key(conversation_id: str) -> str:
     return f"{_head_key(conversation_id)[:-1]}t"
 
 
-def _conversation_id(head_key: bytes | str) -> str:
-    assert isinstance(head_key, bytes)  # replies are not decoded
+def _conversation_id(head_key: bytes) -> str:
     return unquote(head_key.removeprefix(b"rk:{").removesuffix(b"}:m").decode())
 
 

@@ -2,5 +2,5 @@
 -- Returns {'ok'} or {'lost'}.
 local now = now_ms()
 if not is_leased(ARGV[1], now) then return {'lost'} end
-extend_lease(now, tonumber(ARGV[2]))
+redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[2])
 return {'ok'}

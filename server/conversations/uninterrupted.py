@@ -52,4 +52,4 @@ class UninterruptedCalls:
             if undo is not None:
                 await undo(result)
         except Exception as error:
-            logger.warning("a store call whose caller had gone failed: %s", error)
+            logger.info("a store call whose caller had gone failed: %s", error)

@@ -1,1 +1,1 @@
-"""Request and response bodies, strict."""
+"""Request and response bodies. Requests are pydantic models, strict; replies are msgspec structs, fast."""

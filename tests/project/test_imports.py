@@ -17,6 +17,7 @@ TORCH_FREE_ENGINE = (
     "engine.config",
     "engine.token_chain",
     "engine.client",
+    "engine.launch",
     "engine.tokenizer",
 )
 MAY_IMPORT = {
@@ -81,7 +82,7 @@ def test_nothing_reads_pickles() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load"}, f"{path}: {name}"
+                assert not name.startswith(("pickle.", "marshal.")), f"{path}: {name}"
+                assert name not in {"eval", "exec", "yaml.load"}, f"{path}: {name}"
                 if name == "torch.load":
                     assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
-        assert "pickle" not in set(imported_modules(path))

@@ -69,6 +69,12 @@ def test_added_tokens_that_are_not_special_have_their_text(tmp_path: Path) -> No
     assert len({tokenizer.token_text(i) for i in range(tokenizer.vocab_size)}) == tokenizer.vocab_size
 
 
+def test_a_space_mark_in_text_is_not_a_space(byte_fallback: Tokenizer) -> None:
+    """Vocabularies that write spaces as U+2581 still give that character back where it was meant."""
+    assert byte_fallback.decode(byte_fallback.encode("▁hi ▁▁ hi▁")) == "▁hi ▁▁ hi▁"
+    assert byte_fallback.encode(" hi") == [byte_fallback.encode(" ")[0], byte_fallback.encode("hi")[0]]
+
+
 def test_settings_for_batches_are_ignored(tmp_path: Path) -> None:
     """Padding, truncation and added beginnings in the file do not change what a text is encoded to."""
     model = train_byte_level()

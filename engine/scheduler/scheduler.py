@@ -1,0 +1,422 @@
+"""Who runs: which sequences have a slot, and which of their tokens the next step consumes.
+
+Knows sequences, slots and states in memory; fetches checkpoints through a function that returns a future. Knows nothing
+of sockets, clients' addresses or stores. Called from the engine's one thread.
+
+What is promised, whatever clients do: no slot has two owners; every sequence that was submitted ends exactly once; a
+step never exceeds its token budget; a sequence that generates is in every step; a kept state has consumed exactly the
+source, the prompt and the delivered tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from engine.config import EngineConfig
+from engine.errors import (
+    CheckpointError,
+    CheckpointMissing,
+    CheckpointRejected,
+    EngineDraining,
+    EngineError,
+    InvalidRequest,
+    QueueFull,
+)
+from engine.messages import (
+    CheckpointRef,
+    FinishReason,
+    GenerationRequest,
+    ResumeKind,
+    SequenceFailed,
+    SequenceOutput,
+    SequenceStarted,
+)
+from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepOutput, StepPlan
+from engine.scheduler.output_gate import ByteVocabulary
+from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot
+from engine.scheduler.slots import Slots
+from engine.scheduler.validation import validate
+from engine.state.hot_states import HotStates
+from engine.state.spec import RecurrentState
+
+_log = logging.getLogger(__name__)
+
+_FAILURES = {
+    "state_unavailable": "rwkv_states_unavailable_total",
+    "numerical_error": "rwkv_numerical_errors_total",
+    "engine_error": "rwkv_engine_errors_total",
+}
+
+SequenceEvent = SequenceStarted | SequenceOutput | SequenceFailed
+
+
+class Scheduler:
+    """Takes requests, plans steps, and turns what steps bring into events."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        vocabulary: ByteVocabulary,
+        hot_states: HotStates,
+        fetch: Callable[[CheckpointRef], Future[RecurrentState]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_seqs"
+                f" ({config.max_num_seqs}): every running sequence consumes a token in every step"
+            )
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self.num_faults_in_a_row = 0  # of the device, since the last step that went well
+        self._config = config
+        self._runner = runner
+        self._vocabulary = vocabulary
+        self._hot_states = hot_states
+        self._fetch = fetch
+        self._clock = clock
+        self._slots = Slots(runner.num_slots - 1)  # the last one is the runner's, for padding
+        self._by_key: dict[SequenceKey, Sequence] = {}  # what clients may still hear of
+        self._waiting: dict[SequenceKey, Sequence] = {}  # in order of arrival
+        self._seated: list[Sequence] = []  # have a slot, in order of admission
+        self._loading: dict[Sequence, Future[RecurrentState]] = {}
+        self._rows: list[tuple[Sequence, Chunk]] = []  # of the step in progress
+        self._events: list[tuple[bytes, SequenceEvent]] = []
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a slot, those whose state is being fetched or settles included."""
+        return len(self._seated)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that sequences and snapshots share."""
+        return self._slots.num_slots
+
+    @property
+    def num_slots_used(self) -> int:
+        """Slots in use, snapshots included."""
+        return self._slots.num_used
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` would plan something now, without waiting for anyone."""
+        active = any(sequence.phase is not Phase.LOADING for sequence in self._seated)
+        return active or (bool(self._waiting) and self._num_free_seats > 0)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Tokens of the step in progress that belong to sequences which generate."""
+        return sum(len(chunk.token_ids) for sequence, chunk in self._rows if sequence.is_decoding)
+
+    def is_settling(self, chain: bytes) -> bool:
+        """Say whether the state behind `chain` is about to become final."""
+        return any(sequence.phase is Phase.SETTLING and sequence.chain == chain for sequence in self._seated)
+
+    def take_events(self) -> list[tuple[bytes, SequenceEvent]]:
+        """Return, once, what happened since the last call, and to whose sequence."""
+        events, self._events = self._events, []
+        return events
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def submit(self, client: bytes, request: GenerationRequest) -> None:
+        """Queue a request, or refuse it with an event."""
+        try:
+            self._check(client, request)
+        except EngineError as refusal:
+            self._events.append((client, _refused(request, refusal)))
+            return
+        sequence = Sequence(client, request, self._vocabulary, self._clock())
+        self._waiting[sequence.key] = self._by_key[sequence.key] = sequence
+
+    def abort(self, client: bytes, request_id: str) -> None:
+        """End a sequence now, if it has not ended yet. It keeps no state."""
+        if (sequence := self._by_key.get((client, request_id))) is not None:
+            self._emit(sequence, sequence.abort())
+            self._end(sequence, FinishReason.ABORT)
+
+    def abort_client(self, client: bytes) -> None:
+        """End every sequence of a client."""
+        for owner, request_id in list(self._by_key):
+            if owner == client:
+                self.abort(owner, request_id)
+
+    def abort_all(self) -> None:
+        """End every sequence; states that settle go on settling."""
+        for key in list(self._by_key):
+            self.abort(*key)
+
+    def _check(self, client: bytes, request: GenerationRequest) -> None:
+        if self.draining:
+            raise EngineDraining("the engine finishes what it runs and takes no new work")
+        if (client, request.request_id) in self._by_key:
+            raise InvalidRequest("request_id", "request_id names a sequence that has not ended")
+        validate(request, self._runner.vocab_size, self._config.max_logprobs)
+        if self.num_waiting >= self._num_free_seats + self._config.max_num_queued_reqs:
+            raise QueueFull(f"{self.num_waiting} sequences wait already")
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Give free slots to those who wait, and plan the next step; the plan is empty if nobody can run."""
+        self._place_loaded()
+        self._admit()
+        self._take_snapshots()
+        self._rows = self._pick_rows()
+        return StepPlan([chunk for _, chunk in self._rows])
+
+    def update(self, output: StepOutput) -> None:
+        """Take note of what the planned step brought."""
+        rows, self._rows = self._rows, []
+        self.num_faults_in_a_row = 0
+        for (sequence, chunk), chunk_output in zip(rows, output.chunks, strict=True):
+            try:
+                self._advance(sequence, chunk, chunk_output)
+            except Exception as error:  # a fault of one row is that row's alone
+                _log.exception("a sequence broke")
+                self._fail(sequence, "engine_error", f"the engine could not go on with this sequence: {error}")
+
+    def fail_step(self, error: Exception) -> None:
+        """The planned step raised: whoever was in it has a state of unknown contents and has failed."""
+        rows, self._rows = self._rows, []
+        self.num_faults_in_a_row += 1
+        for sequence, _ in rows:
+            self._fail(sequence, "engine_error", f"the step failed: {error}")
+
+    def _pick_rows(self) -> list[tuple[Sequence, Chunk]]:
+        """Choose one token of everyone who has one to go, then prompts in order of admission while the budget lasts.
+
+        The budget has room for a token a seat, so prompts get at least what their own seats are worth.
+        """
+        ready = [sequence for sequence in self._seated if sequence.phase is not Phase.LOADING]
+        ready.sort(key=lambda sequence: sequence.num_pending > 1)
+        budget = self._config.max_num_batched_tokens
+        rows = []
+        for sequence in ready:
+            num_tokens = min(sequence.num_pending, budget)
+            if num_tokens:
+                rows.append((sequence, sequence.next_chunk(num_tokens)))
+                budget -= num_tokens
+        return rows
+
+    def _advance(self, sequence: Sequence, chunk: Chunk, output: ChunkOutput) -> None:
+        if output.failed is not None:
+            self._fail(sequence, "numerical_error", output.failed)
+            return
+        self._count_tokens(sequence, chunk)
+        event = sequence.advance(chunk, output)
+        if event is not None:
+            self._emit(sequence, event)
+        if event is not None and event.finish_reason is not None:
+            self._end(sequence, event.finish_reason)
+        elif sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
+            self._keep(sequence)
+        elif sequence.has_stale_snapshot:
+            self._drop_snapshot(sequence)
+
+    def _count_tokens(self, sequence: Sequence, chunk: Chunk) -> None:
+        num_tokens = len(chunk.token_ids)
+        if sequence.phase is Phase.SETTLING:
+            self.counters["rwkv_settled_tokens_total"] += num_tokens
+        elif sequence.is_decoding:
+            self.counters["rwkv_decode_tokens_total"] += num_tokens
+        else:
+            self.counters["rwkv_prefill_tokens_total"] += num_tokens
+
+    # -- admission, and the state before the prompt -------------------------------------------------------------------
+
+    @property
+    def _num_free_seats(self) -> int:
+        return min(self._config.max_num_seqs - len(self._seated), self._slots.num_free)
+
+    def _admit(self) -> None:
+        """Seat those who wait, in order of arrival, except whose state is still settling: it is hot in a moment."""
+        settling = {sequence.chain for sequence in self._seated if sequence.phase is Phase.SETTLING}
+        for sequence in list(self._waiting.values()):
+            if self._num_free_seats <= 0:
+                return
+            if sequence.request.source.chain not in settling:
+                del self._waiting[sequence.key]
+                self._seat(sequence)
+
+    def _seat(self, sequence: Sequence) -> None:
+        sequence.slot = self._slots.take()
+        sequence.admitted_at = self._clock()
+        self._seated.append(sequence)
+        source = sequence.request.source
+        if (origin := self._origin_at_hand(sequence)) is not None:
+            self._begin(sequence, origin)
+        elif source.checkpoint is not None:
+            sequence.phase = Phase.LOADING
+            self._loading[sequence] = self._fetch(source.checkpoint)
+        else:
+            reason = "its state is not in memory, and neither a checkpoint nor its whole history was given"
+            self._fail(sequence, "state_unavailable", reason)
+
+    def _origin_at_hand(self, sequence: Sequence) -> Origin | None:
+        """Return where the sequence can begin without asking the state store."""
+        source = sequence.request.source
+        if source.num_tokens == 0:
+            return Origin(ResumeKind.NEW)
+        if (state := self._hot_states.get(source)) is not None:
+            return Origin(ResumeKind.HOT, state)
+        if source.checkpoint is not None:
+            state = self._hot_states.get(source.checkpoint)
+            return Origin(ResumeKind.REPLAYED, state, source.replay_ids) if state is not None else None
+        return Origin(ResumeKind.REPLAYED, None, source.replay_ids) if source.replay_ids else None
+
+    def _place_loaded(self) -> None:
+        """Begin the sequences whose checkpoint has arrived; fail those whose checkpoint cannot be used."""
+        for sequence, future in [(sequence, future) for sequence, future in self._loading.items() if future.done()]:
+            del self._loading[sequence]
+            replay_ids = sequence.request.source.replay_ids
+            try:
+                state = future.result()
+            except CheckpointError as error:
+                self._count_unusable(error)
+                self._fail(sequence, "state_unavailable", str(error))
+            except Exception as error:
+                _log.exception("a checkpoint could not be fetched")
+                self._fail(sequence, "state_unavailable", f"the checkpoint could not be fetched: {error}")
+            else:
+                self.counters["rwkv_state_load_bytes_total"] += state.num_bytes
+                kind = ResumeKind.REPLAYED if replay_ids else ResumeKind.RESTORED
+                self._begin(sequence, Origin(kind, state, replay_ids))
+
+    def _count_unusable(self, error: CheckpointError) -> None:
+        match error:
+            case CheckpointRejected():
+                self.counters["rwkv_checkpoints_rejected_total"] += 1
+                self.counters[f"rwkv_checkpoints_rejected_{error.reason}_total"] += 1
+            case CheckpointMissing():
+                self.counters["rwkv_checkpoints_missing_total"] += 1
+            case _:
+                self.counters["rwkv_checkpoints_unavailable_total"] += 1
+
+    def _begin(self, sequence: Sequence, origin: Origin) -> None:
+        try:
+            self._place(sequence, origin)
+        except Exception as error:
+            self._fail_on_device(sequence, error)
+            return
+        sequence.begin(origin)
+        started = SequenceStarted(
+            request_id=sequence.request.request_id,
+            resume=origin.kind,
+            num_replayed_tokens=len(origin.replay_ids),
+            queue_seconds=sequence.admitted_at - sequence.arrived_at,
+            load_seconds=self._clock() - sequence.admitted_at,
+        )
+        self._emit(sequence, started)
+
+    def _place(self, sequence: Sequence, origin: Origin) -> None:
+        assert sequence.slot is not None
+        if origin.state is None:
+            self._runner.start(sequence.slot)
+        else:
+            self._runner.load(sequence.slot, origin.state)
+
+    # -- snapshots, and the state after the end -----------------------------------------------------------------------
+
+    def _take_snapshots(self) -> None:
+        for sequence in [sequence for sequence in self._seated if sequence.needs_snapshot]:
+            slot = sequence.snapshot.slot if sequence.snapshot is not None else self._slots.take()
+            if slot is None:  # the sequence goes back to its origin if it must: slower, never wrong
+                self.counters["rwkv_snapshots_missed_total"] += 1
+                continue
+            sequence.snapshot = Snapshot(slot, sequence.cursor)
+            assert sequence.slot is not None
+            try:
+                self._runner.copy(sequence.slot, slot)
+            except Exception as error:
+                self._fail_on_device(sequence, error)
+
+    def _drop_snapshot(self, sequence: Sequence) -> None:
+        if sequence.snapshot is not None:
+            self._slots.give_back(sequence.snapshot.slot)
+            sequence.snapshot = None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The client has heard the last of this sequence; its state may still have some way to go."""
+        del self._by_key[sequence.key]
+        self.counters["rwkv_stop_bytes_lost_total"] += sequence.num_lost_bytes
+        if reason is FinishReason.ABORT or not sequence.request.keep_state:
+            self._release(sequence)
+            return
+        sequence.phase = Phase.SETTLING
+        if sequence.has_overshot:
+            self._rewind(sequence)
+        self._drop_snapshot(sequence)
+        if sequence.num_pending == 0:
+            self._keep(sequence)
+
+    def _rewind(self, sequence: Sequence) -> None:
+        """Go back to before the stop string: to the snapshot, or for want of one to the origin."""
+        assert sequence.slot is not None
+        if sequence.snapshot is not None:
+            self._slots.give_back(sequence.slot)
+            sequence.slot = sequence.snapshot.slot
+            sequence.rewind(sequence.snapshot.cursor)
+            sequence.snapshot = None
+        else:
+            self.counters["rwkv_state_rebuilds_total"] += 1
+            self._place(sequence, sequence.origin)
+            sequence.rewind(0)
+
+    def _keep(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._hot_states.put(self._runner.save(sequence.slot, sequence.num_tokens, sequence.chain))
+        self._release(sequence)
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _fail_on_device(self, sequence: Sequence, error: Exception) -> None:
+        _log.exception("the device failed a sequence")
+        self.num_faults_in_a_row += 1
+        self._fail(sequence, "engine_error", f"the device failed: {error}")
+
+    def _fail(self, sequence: Sequence, code: str, message: str) -> None:
+        """Give the sequence up. Its client hears of it, unless it has already heard the end: then a state is lost."""
+        if self._by_key.get(sequence.key) is sequence:
+            del self._by_key[sequence.key]
+            self.counters[_FAILURES[code]] += 1
+            self._emit(sequence, SequenceFailed(request_id=sequence.request.request_id, code=code, message=message))
+        else:
+            self.counters["rwkv_states_lost_total"] += 1
+            _log.warning("the state of a finished sequence was lost: %s", message)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take back everything the sequence has."""
+        sequence.phase = Phase.FINISHED
+        if self._waiting.get(sequence.key) is sequence:
+            del self._waiting[sequence.key]
+        if (future := self._loading.pop(sequence, None)) is not None:
+            future.cancel()
+        self._drop_snapshot(sequence)
+        if sequence.slot is not None:
+            self._slots.give_back(sequence.slot)
+            self._seated.remove(sequence)
+            sequence.slot = None
+
+    def _emit(self, sequence: Sequence, event: SequenceEvent) -> None:
+        self._events.append((sequence.client, event))
+
+
+def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:
+    codes = {QueueFull: "queue_full", EngineDraining: "draining", InvalidRequest: "invalid_request"}
+    field = refusal.field if isinstance(refusal, InvalidRequest) else None
+    return SequenceFailed(request_id=request.request_id, code=codes[type(refusal)], message=str(refusal), field=field)

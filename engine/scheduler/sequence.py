@@ -1,0 +1,234 @@
+"""The scheduler's record of one running request.
+
+A sequence is a *tape* of tokens and a *cursor*. The tape holds the history that must be replayed, the prompt, and what
+was generated; everything left of the cursor has been consumed. At every moment
+
+    state in the slot = the origin's state, then tape[:cursor]
+
+and all else follows from it: a decode is a tape with one token to go, a prefill one with many, and when the sequence
+has ended the tape is cut to what was delivered, the cursor put back if it went too far, and the rest consumed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+from engine.messages import FinishReason, GenerationRequest, ResumeKind, SequenceOutput, TokenLogprobs
+from engine.runner.plan import Chunk, ChunkOutput
+from engine.scheduler.output_gate import ByteVocabulary, OutputGate, SampledToken, StopMatch
+from engine.state.spec import RecurrentState
+from engine.token_chain import extend_digest
+
+SequenceKey = tuple[bytes, str]  # client, request id
+
+
+class Phase(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = enum.auto()  # for a slot, or for another sequence's state to settle
+    LOADING = enum.auto()  # has a slot; its state is being fetched
+    RUNNING = enum.auto()  # consumes its prompt, or generates
+    SETTLING = enum.auto()  # has ended for its client; its state is being brought to the delivered tokens
+    FINISHED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A copy of the sequence's state from before it consumed tokens that may not be delivered."""
+
+    slot: int
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the tape begins from."""
+
+    kind: ResumeKind
+    state: RecurrentState | None = None  # None: the zero state
+    replay_ids: SequenceOf[int] = ()  # from there to the state the request names
+
+
+class Sequence:
+    """One request from its arrival to its last state. Moves tokens; takes no slot and calls no device."""
+
+    def __init__(
+        self, client: bytes, request: GenerationRequest, vocabulary: ByteVocabulary, arrived_at: float
+    ) -> None:
+        self.client = client
+        self.request = request
+        self.arrived_at = arrived_at
+        self.admitted_at = arrived_at
+        self.phase = Phase.WAITING
+        self.slot: int | None = None
+        self.snapshot: Snapshot | None = None
+        self.origin = Origin(ResumeKind.NEW)
+        self.tape: list[int] = []
+        self.cursor = 0
+        self.num_sampled = 0
+        self.num_delivered = 0
+        self.num_lost_bytes = 0  # before a stop string, that no token could spell
+        self.chain = request.source.chain  # of the source, the consumed prompt and the delivered tokens
+        self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
+        self._gate = OutputGate(vocabulary, request.stop.stop_strings)
+
+    @property
+    def key(self) -> SequenceKey:
+        """What names the sequence in this engine."""
+        return self.client, self.request.request_id
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens on the tape that have not been consumed."""
+        return len(self.tape) - self.cursor
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the history behind `chain`, once the sequence has ended."""
+        return self.request.source.num_tokens + len(self.request.prompt_ids) + self.num_delivered
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it generates: all that is pending is the token sampled last."""
+        return self.phase is Phase.RUNNING and self.cursor >= self._prompt_end
+
+    @property
+    def has_overshot(self) -> bool:
+        """Whether the slot has consumed tokens that were not delivered in the end."""
+        return self._num_intact is not None and self.cursor > self._num_intact
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether the next token to be consumed, and only it, is held back, and the state before it may be wanted."""
+        return self._may_overshoot and self.phase is Phase.RUNNING and self._gate.num_held == 1 == self.num_pending
+
+    @property
+    def has_stale_snapshot(self) -> bool:
+        """Whether there is a snapshot and nothing is held back any more."""
+        return self.snapshot is not None and self._gate.num_held == 0
+
+    @property
+    def _may_overshoot(self) -> bool:
+        return self.request.keep_state and bool(self.request.stop.stop_strings)
+
+    @property
+    def _prompt_start(self) -> int:
+        return len(self.origin.replay_ids)
+
+    @property
+    def _prompt_end(self) -> int:
+        return self._prompt_start + len(self.request.prompt_ids)
+
+    def begin(self, origin: Origin) -> None:
+        """Lay out the tape, now that the slot has the origin's state."""
+        # Only a sequence that may overshoot can ever return to its origin; others need not hold on to its memory.
+        self.origin = origin if self._may_overshoot else replace(origin, state=None)
+        self.tape = [*origin.replay_ids, *self.request.prompt_ids]
+        self.phase = Phase.RUNNING
+
+    def next_chunk(self, num_tokens: int) -> Chunk:
+        """Return the next pending tokens as a chunk; one that ends a running sequence's tape samples the next token."""
+        assert self.slot is not None
+        end = self.cursor + num_tokens
+        samples = self.phase is Phase.RUNNING and end == len(self.tape) and self.request.stop.max_tokens > 0
+        targets = self._prompt_targets(end)
+        return Chunk(
+            slot=self.slot,
+            token_ids=self.tape[self.cursor : end],
+            sampling=self.request.sampling if samples else None,
+            position=self.request.source.num_tokens - self._prompt_start + end,
+            num_prompt_logprobs=self.request.num_prompt_logprobs if targets else None,
+            target_ids=targets,
+            num_replayed=max(0, min(end, self._prompt_start) - self.cursor),
+        )
+
+    def advance(self, chunk: Chunk, output: ChunkOutput) -> SequenceOutput | None:
+        """Take note of a consumed chunk and of what it brought; returns what there is to tell the client.
+
+        An output with a finish reason ends the sequence: its tape is then the prompt and what was delivered.
+        """
+        start, self.cursor = self.cursor, self.cursor + len(chunk.token_ids)
+        if self.phase is Phase.SETTLING:
+            return None
+        if self.request.keep_state:
+            prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
+            self.chain = extend_digest(self.chain, prompt_ids)
+        prompt_logprobs = self._prompt_logprobs(start, chunk, output)
+        if chunk.sampling is not None:
+            assert output.token_id is not None
+            return self._take_sample(SampledToken(output.token_id, output.logprobs), prompt_logprobs)
+        if self.num_pending == 0:
+            return self._output([], prompt_logprobs, FinishReason.LENGTH)
+        return self._output([], prompt_logprobs) if prompt_logprobs else None
+
+    def abort(self) -> SequenceOutput:
+        """End the sequence where it is. What is held back is never delivered, and no state is kept."""
+        return self._output([], None, FinishReason.ABORT)
+
+    def rewind(self, cursor: int) -> None:
+        """Go back to where `tape[:cursor]` was consumed: the slot has that state again."""
+        self.cursor = cursor
+
+    def _prompt_targets(self, end: int) -> list[int | None] | None:
+        """Return what follows each pending token up to `end` where that is a prompt token, but not the first."""
+        if self.request.num_prompt_logprobs is None or self.phase is not Phase.RUNNING:
+            return None
+        wanted = range(self._prompt_start, self._prompt_end - 1)
+        targets = [self.tape[i + 1] if i in wanted else None for i in range(self.cursor, end)]
+        return targets if any(target is not None for target in targets) else None
+
+    def _prompt_logprobs(self, start: int, chunk: Chunk, output: ChunkOutput) -> list[TokenLogprobs | None] | None:
+        """Return the chunk's share of the list that has an entry for every prompt token, None for the first."""
+        if self.request.num_prompt_logprobs is None:
+            return None
+        first: list[TokenLogprobs | None] = [None] if start <= self._prompt_start < self.cursor else []
+        if chunk.target_ids is None:
+            return first or None
+        assert output.prompt_logprobs is not None
+        pairs = zip(chunk.target_ids, output.prompt_logprobs, strict=True)
+        return first + [logprobs for target, logprobs in pairs if target is not None]
+
+    def _take_sample(
+        self, token: SampledToken, prompt_logprobs: list[TokenLogprobs | None] | None
+    ) -> SequenceOutput | None:
+        self.num_sampled += 1
+        if token.token_id in self.request.stop.stop_token_ids:
+            return self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
+        self.tape.append(token.token_id)
+        released, match = self._gate.push(token)
+        if match is not None:
+            self._cut_tape(num_kept=self.num_delivered + len(released), match=match)
+            return self._output(released + match.remnant, prompt_logprobs, FinishReason.STOP, match.stop_string)
+        if self.num_sampled == self.request.stop.max_tokens:
+            return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.LENGTH)
+        return self._output(released, prompt_logprobs) if released or prompt_logprobs else None
+
+    def _cut_tape(self, num_kept: int, match: StopMatch) -> None:
+        """Replace what was generated after the first `num_kept` tokens by the match's remnant."""
+        self._num_intact = self._prompt_end + num_kept
+        self.tape[self._num_intact :] = [token.token_id for token in match.remnant]
+        self.num_lost_bytes = match.num_lost_bytes
+
+    def _output(
+        self,
+        delivered: list[SampledToken],
+        prompt_logprobs: list[TokenLogprobs | None] | None,
+        finish_reason: FinishReason | None = None,
+        stop_reason: int | bytes | None = None,
+    ) -> SequenceOutput:
+        token_ids = [token.token_id for token in delivered]
+        self.num_delivered += len(token_ids)
+        if self.request.keep_state:
+            self.chain = extend_digest(self.chain, token_ids)
+        logprobs = [token.logprobs for token in delivered if token.logprobs is not None]
+        return SequenceOutput(
+            request_id=self.request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs if self.request.sampling.num_logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_sampled_tokens=self.num_sampled if finish_reason is not None else 0,
+        )

@@ -1,0 +1,134 @@
+"""States to the store and back, off the engine's thread.
+
+Nobody here waits for anybody: each method returns a future, and `notify` is called from a worker thread whenever one is
+done. Writing is behind the turn it belongs to and must never delay a resume, so the two have threads of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from engine.errors import CheckpointError, CheckpointRejected
+from engine.messages import CheckpointRef, CheckpointStored
+from engine.state.checkpoint import decode_state, encode_state
+from engine.state.spec import RecurrentState, StateSpec
+from engine.state.store import StateStore
+
+_log = logging.getLogger(__name__)
+
+NUM_READERS = 4
+NUM_WRITERS = 2
+SWEEP_SECONDS = 600.0
+
+T = TypeVar("T")
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one model in one store. Its methods are for the engine's thread only."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        spec: StateSpec,
+        ttl_seconds: float,
+        notify: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._spec = spec
+        self._ttl_seconds = ttl_seconds
+        self._notify = notify
+        self._clock = clock
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="checkpoint-reader")
+        self._writers = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="checkpoint-writer")
+        self._unwanted: SimpleQueue[str] = SimpleQueue()
+        self._swept_at: float | None = None
+
+    def save(self, state: RecurrentState) -> Future[CheckpointStored]:
+        """Write `state` under a fresh id. The future raises `StoreUnavailable`."""
+        return self._submit(self._writers, self._save, state)
+
+    def fetch(self, ref: CheckpointRef) -> Future[RecurrentState]:
+        """Read the state that `ref` names, verified whole.
+
+        The future raises `CheckpointMissing`, `StoreUnavailable`, or `CheckpointRejected`: then the checkpoint has been
+        put where nobody finds it again.
+        """
+        return self._submit(self._readers, self._fetch, ref)
+
+    def delete(self, checkpoint_ids: Iterable[str]) -> None:
+        """Remove checkpoints, some time soon. What cannot be removed expires by itself."""
+        for checkpoint_id in checkpoint_ids:
+            self._unwanted.put(checkpoint_id)
+        self._submit(self._writers, self._delete_unwanted)
+
+    def sweep_when_due(self) -> None:
+        """Clear the store of what has expired, at first and then every ten minutes; costs nothing in between."""
+        now = self._clock()
+        if self._swept_at is None or now - self._swept_at >= SWEEP_SECONDS:
+            self._swept_at = now
+            self._submit(self._writers, self._sweep)
+
+    def close(self) -> None:
+        """Wait for what is being read or written, drop what has not begun, and close the store."""
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+        self._store.close()
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> Future[T]:
+        future = pool.submit(work, *arguments)
+        future.add_done_callback(lambda _: self._notify())
+        return future
+
+    def _save(self, state: RecurrentState) -> CheckpointStored:
+        began_at = self._clock()
+        blob = encode_state(state, self._spec)
+        checkpoint_id = secrets.token_hex(16)
+        self._store.put(checkpoint_id, blob, self._ttl_seconds)
+        ref = CheckpointRef(
+            checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain, num_bytes=len(blob)
+        )
+        return CheckpointStored(ref=ref, save_seconds=self._clock() - began_at, tier=self._store.tier)
+
+    def _fetch(self, ref: CheckpointRef) -> RecurrentState:
+        blob = self._store.get(ref.checkpoint_id)
+        try:
+            return decode_state(blob, self._spec, ref)
+        except CheckpointRejected as error:
+            _log.error("checkpoint %s is rejected (%s): %s", ref.checkpoint_id, error.reason, error)
+            self._quarantine(ref.checkpoint_id)
+            raise
+
+    def _quarantine(self, checkpoint_id: str) -> None:
+        try:
+            self._store.quarantine(checkpoint_id)
+        except CheckpointError:
+            _log.warning("checkpoint %s could not be put into quarantine", checkpoint_id, exc_info=True)
+
+    def _delete_unwanted(self) -> None:
+        """Delete all that is unwanted by now: of several calls in a row the first does the work."""
+        unwanted: list[str] = []
+        with suppress(Empty):
+            while True:
+                unwanted.append(self._unwanted.get_nowait())
+        if not unwanted:
+            return
+        try:
+            self._store.delete(unwanted)
+        except CheckpointError:
+            _log.warning("%d checkpoints could not be deleted; they will expire", len(unwanted), exc_info=True)
+
+    def _sweep(self) -> None:
+        try:
+            num_removed = self._store.sweep()
+        except CheckpointError:
+            _log.warning("the state store could not be swept", exc_info=True)
+        else:
+            _log.info("swept %d expired checkpoints", num_removed)

@@ -1,0 +1,225 @@
+"""`POST /v1/completions`: continue a text, or several, or a conversation as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request, Response
+
+from engine.messages import TokenLogprobs
+from engine.tokenizer import Detokenizer, Tokenizer
+from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
+from server.api.requests import (
+    check_model,
+    check_num_logprobs,
+    conversation_of,
+    expected_version,
+    limited,
+    with_choice,
+)
+from server.errors import BadRequest
+from server.generation import (
+    ChoiceEvent,
+    ChoicePlan,
+    Delivered,
+    Finished,
+    Generation,
+    Prompted,
+    generate_choices,
+    generate_turn,
+)
+from server.parsing import json_body
+from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
+from server.services import Services, ServicesOf
+from server.streaming import respond
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@router.post("/v1/completions")
+async def create_completion(
+    request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
+) -> Response:
+    """Continue a prompt."""
+    check_model(body.model, services)
+    version = expected_version(request, body)
+    planner = Planner(services, body)
+    prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
+
+    async def work(generation: Generation) -> None:
+        selector = conversation_of(body)
+        if selector is None:
+            await generate_choices(services, generation, planner.plans(prompts))
+            return
+        async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
+            plans = planner.plans(prompts, continues=turn.conversation.version > 0)
+            await generate_turn(services, generation, turn, plans[0])
+
+    writer = CompletionWriter(services, body)
+    return await respond(request, Generation(services, work), writer, services.metrics.http, stream=body.stream)
+
+
+class Planner:
+    """What to generate for a request."""
+
+    def __init__(self, services: Services, body: CompletionRequest) -> None:
+        self._services = services
+        self._tokenizer = tokenizer = services.tokenizer
+        self._body = body
+        num_logprobs = check_num_logprobs("logprobs", body.logprobs, services)
+        max_tokens = limited("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, services.settings.max_output_tokens)
+        self._sampling = body.sampling(tokenizer.vocab_size, num_logprobs)
+        self._stop = body.stop_rules(max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids)
+
+    async def token_ids(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's tokens; raises `BadRequest` for ids that are none."""
+        if isinstance(prompt, str):
+            return await self._services.encode(prompt)
+        vocab_size = self._tokenizer.vocab_size
+        if prompt and not (min(prompt) >= 0 and max(prompt) < vocab_size):
+            raise BadRequest(f"prompt: token ids must lie in [0, {vocab_size}).", "prompt")
+        return prompt
+
+    def plans(self, prompts: Sequence[list[int]], *, continues: bool = False) -> list[ChoicePlan]:
+        """Return `n` choices of every prompt, in order."""
+        return [
+            ChoicePlan(
+                index=prompt_idx * self._body.n + choice_idx,
+                prompt_ids=self._begun(prompt_ids, continues),
+                sampling=with_choice(self._sampling, choice_idx),
+                stop=self._stop,
+                num_prompt_logprobs=self._sampling.num_logprobs if self._body.echo else None,
+            )
+            for prompt_idx, prompt_ids in enumerate(prompts)
+            for choice_idx in range(self._body.n)
+        ]
+
+    def _begun(self, prompt_ids: list[int], continues: bool) -> list[int]:
+        """Return what to feed: a model needs one token to say what comes next, and end of text begins a new one."""
+        if prompt_ids:
+            return prompt_ids
+        if continues:
+            raise BadRequest("prompt: an empty prompt cannot continue a conversation.", "prompt")
+        if not self._tokenizer.eos_token_ids:
+            raise BadRequest("prompt: must not be empty: this model has no end-of-text token to begin with.", "prompt")
+        return [self._tokenizer.eos_token_ids[0]]
+
+
+class CompletionWriter:
+    """What a completion says."""
+
+    def __init__(self, services: Services, body: CompletionRequest) -> None:
+        num_choices = len(body.prompts) * body.n
+        self._tokenizer = services.tokenizer
+        self._body = body
+        self._identity = Identity("cmpl", services.model)
+        self._meter = Meter(body.n)
+        self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
+        self._logprobs = [LogprobsWriter(services.tokenizer) for _ in range(num_choices)]
+
+    def parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
+        """Return what the event adds to its choice, if a reader can see it."""
+        self._meter.see(event)
+        if isinstance(event, Prompted) and (self._body.echo or self._body.return_token_ids):
+            yield self._prompted(event)
+        elif isinstance(event, Delivered) and (event.text or event.logprobs or self._body.return_token_ids):
+            yield self._delivered(event)
+        elif isinstance(event, Finished):
+            yield CompletionChoice(
+                index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
+            )
+
+    def _prompted(self, event: Prompted) -> CompletionChoice:
+        prompt = self._body.prompts[event.index // self._body.n]
+        part = CompletionChoice(index=event.index, text="")
+        if self._body.return_token_ids:
+            part.prompt_token_ids = event.prompt_ids
+        if self._body.echo:
+            part.text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+            if event.logprobs is not None:
+                part.logprobs = self._logprobs[event.index].write(event.prompt_ids, event.logprobs)
+        return part
+
+    def _delivered(self, event: Delivered) -> CompletionChoice:
+        part = CompletionChoice(index=event.index, text=event.text)
+        if self._body.return_token_ids:
+            part.token_ids = event.token_ids
+        if event.logprobs is not None:
+            part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
+        return part
+
+    def chunk(self, part: CompletionChoice) -> Completion:
+        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+        chunk = self._completion([part])
+        if part.finish_reason is not None:
+            chunk.conversation = self._meter.conversation
+        if self._body.stream_options.include_usage:
+            chunk.usage = None
+        return chunk
+
+    def closing_chunks(self) -> Iterator[Completion]:
+        """Return the usage, if asked for."""
+        if self._body.stream_options.include_usage:
+            yield self._whole([])
+
+    def merge(self, part: CompletionChoice) -> None:
+        """Add `part` to its choice."""
+        choice = self._choices[part.index]
+        choice.text += part.text
+        choice.finish_reason = part.finish_reason or choice.finish_reason
+        choice.stop_reason = part.stop_reason if part.stop_reason is not None else choice.stop_reason
+        if part.logprobs is not None:
+            choice.logprobs = CompletionLogprobs() if choice.logprobs is None else choice.logprobs
+            choice.logprobs.extend(part.logprobs)
+        if part.prompt_token_ids is not msgspec.UNSET:
+            choice.prompt_token_ids, choice.token_ids = part.prompt_token_ids, []
+        if part.token_ids is not msgspec.UNSET and choice.token_ids is not msgspec.UNSET:
+            choice.token_ids += part.token_ids
+
+    def reply(self) -> Completion:
+        """Return the whole reply."""
+        return self._whole(self._choices)
+
+    def _whole(self, choices: list[CompletionChoice]) -> Completion:
+        completion = self._completion(choices)
+        completion.usage = self._meter.usage
+        completion.conversation = self._meter.conversation
+        return completion
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        identity = self._identity
+        return Completion(
+            id=identity.id,
+            created=identity.created,
+            model=identity.model,
+            system_fingerprint=identity.system_fingerprint,
+            choices=choices,
+        )
+
+
+class LogprobsWriter:
+    """The log-probabilities of one choice in OpenAI's four lists, with each token's place in the choice's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self._num_chars = 0
+
+    def write(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> CompletionLogprobs:
+        """Return the lists of the tokens that come next; an entry without a value becomes null."""
+        lists = CompletionLogprobs()
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            lists.tokens.append(self._tokenizer.token_text(token_id))
+            lists.token_logprobs.append(None if entry is None else clamped(entry.logprob))
+            lists.top_logprobs.append(None if entry is None else self._top(token_id, entry))
+            lists.text_offset.append(self._num_chars)
+            self._num_chars += len(self._detokenizer.push([token_id]))
+        return lists
+
+    def _top(self, token_id: int, entry: TokenLogprobs) -> dict[str, float]:
+        names = {self._tokenizer.token_text(top_id): value for top_id, value in most_likely(entry)}
+        return names | {self._tokenizer.token_text(token_id): clamped(entry.logprob)}

@@ -1,0 +1,40 @@
+"""`GET /v1/models`: what is being served."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from server.errors import UnknownModel
+from server.schemas.models import ModelCard, ModelList
+from server.services import ServedModel, ServicesOf
+from server.streaming import json_response
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(services: ServicesOf) -> Response:
+    """List the one model."""
+    return json_response(ModelList(data=[_card(services.model)]))
+
+
+# A name may hold slashes, as Hugging Face's do.
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(model_id: str, services: ServicesOf) -> Response:
+    """Describe the one model."""
+    if model_id != services.model.name:
+        raise UnknownModel
+    return json_response(_card(services.model))
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        generation=model.engine.generation,
+        num_parameters=model.engine.num_parameters,
+        state_bytes=model.engine.state_bytes,
+        vocab_size=model.engine.vocab_size,
+        fingerprint=model.engine.fingerprint,
+        dtype=model.engine.dtype,
+    )

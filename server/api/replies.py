@@ -1,0 +1,76 @@
+"""What the two reply writers share: identity, token counts, log-probabilities."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+
+import msgspec
+
+from engine.messages import FinishReason, TokenLogprobs
+from server.conversations.turns import TurnReceipt
+from server.generation import ChoiceEvent, Finished, Prompted
+from server.schemas.replies import ConversationInfo, Usage
+from server.services import ServedModel
+
+# JSON has no infinity. A log-probability this low is none at all.
+LOWEST_LOGPROB = -9999.0
+
+
+class Identity:
+    """What every part of one reply says about itself."""
+
+    def __init__(self, prefix: str, model: ServedModel) -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model.name
+        self.system_fingerprint = model.system_fingerprint
+
+
+class Meter:
+    """Counts a request's tokens, and keeps the receipt of its turn."""
+
+    def __init__(self, choices_per_prompt: int) -> None:
+        self._choices_per_prompt = choices_per_prompt
+        self._num_prompt_tokens: dict[int, int] = {}  # by prompt: its choices share one
+        self._num_output_tokens = 0
+        self._receipt: TurnReceipt | None = None
+
+    def see(self, event: ChoiceEvent) -> None:
+        """Take in an event."""
+        if isinstance(event, Prompted):
+            self._num_prompt_tokens[event.index // self._choices_per_prompt] = len(event.prompt_ids)
+        elif isinstance(event, Finished):
+            self._num_output_tokens += event.num_output_tokens
+            self._receipt = event.receipt
+
+    @property
+    def usage(self) -> Usage:
+        """The count so far."""
+        return Usage.of(sum(self._num_prompt_tokens.values()), self._num_output_tokens, self._receipt)
+
+    @property
+    def conversation(self) -> ConversationInfo | msgspec.UnsetType:
+        """Where the turn left its conversation, if it was one and is applied."""
+        return msgspec.UNSET if self._receipt is None else ConversationInfo.of(self._receipt)
+
+
+def finish_reason(event: Finished) -> str:
+    """Return the reason in OpenAI's words."""
+    return {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}[event.reason]
+
+
+def stop_reason(event: Finished) -> int | str | None:
+    """Return the token id or the text that ended the choice."""
+    return event.stop_reason.decode() if isinstance(event.stop_reason, bytes) else event.stop_reason
+
+
+def most_likely(entry: TokenLogprobs) -> Iterator[tuple[int, float]]:
+    """Yield `(token id, log-probability)` of the most likely tokens, most likely first."""
+    return zip(entry.top_ids, map(clamped, entry.top_logprobs), strict=True)
+
+
+def clamped(logprob: float) -> float:
+    """Return `logprob` as JSON can say it."""
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,37 @@
+"""The application: routes, and what surrounds them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from server.api import chat, completions, conversations, health, models, tokenize
+from server.errors import answer_status
+from server.middleware import BodyLimit, RequestScope
+from server.security import Authentication
+from server.services import Services
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the ASGI application that serves `services`.
+
+    A request passes, from the outside in: its scope (id, counting, errors), the key, the body limit, the route.
+    """
+    # No pages about itself and no redirects: every address is one that is written down here.
+    app = FastAPI(title="Sostenuto", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.services = services
+    for family in (completions, chat, conversations, models, tokenize, health):
+        app.include_router(family.router)
+    app.add_exception_handler(HTTPException, _answer_router)
+    app.add_middleware(BodyLimit, max_bytes=services.settings.max_body_bytes)  # the last added is the outermost
+    app.add_middleware(Authentication, api_key=services.settings.api_key)
+    app.add_middleware(RequestScope, metrics=services.metrics.http, drain=services.drain)
+    return app
+
+
+async def _answer_router(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = answer_status(error.status_code)
+    request.app.state.services.metrics.http.errors.labels(told.code).inc()
+    headers = {**told.headers, **(error.headers or {})}
+    return Response(told.render(), told.status, headers, media_type="application/json")

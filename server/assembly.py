@@ -1,0 +1,125 @@
+"""From settings to the pieces of a running server, and back: opened in order, closed in the reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from urllib.parse import urlsplit
+
+from engine.client import AsyncEngine
+from engine.messages import StepReport
+from engine.tokenizer import load as load_tokenizer
+from server.conversations.ledger import LedgerUnavailable
+from server.conversations.open_ledger import open_ledger
+from server.conversations.turns import ModelIdentity, Turns
+from server.drain import Drain
+from server.metrics import HttpMetrics, Metrics
+from server.pulse import Pulse
+from server.services import ServedModel, Services
+from server.settings import Settings
+from server.templates import choose as choose_template
+
+logger = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 600.0
+LAG_PROBE_SECONDS = 1.0
+# Checkpoints that are still being written when the server ends; what is not written by then is replayed.
+SETTLE_SECONDS = 20.0
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncGenerator[Services]:
+    """Start everything a server needs, and end it at exit; raises `EngineError`, `LedgerError` or `OSError`."""
+    metrics = Metrics(state_tier=urlsplit(settings.resolved_state_url).scheme)
+    pulse = Pulse()
+
+    def report(step: StepReport) -> None:
+        pulse.report(step)
+        metrics.engine.report(step)
+
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        template = choose_template(settings.template, settings.model_path)
+        ledger = open_ledger(settings.resolved_ledger_url)
+        await ledger.open()
+        stack.push_async_callback(ledger.close)
+        engine = AsyncEngine.spawn(settings.engine_config, on_report=report)
+        stack.push_async_callback(engine.close)
+        ready = await engine.start()
+        metrics.engine.up.set_function(lambda: engine.is_ready)
+        metrics.engine.restarts.set_function(lambda: engine.restarts)
+        metrics.engine.ready(ready, settings.model_name, server_version())
+        tokenizer = load_tokenizer(settings.tokenizer, settings.model_path, ready.vocab_size)
+        turns = Turns(
+            ledger,
+            engine,
+            ModelIdentity(settings.model_name, ready.fingerprint, template.name),
+            metrics.turns,
+            lease_seconds=settings.lease_seconds,
+            conversation_ttl_seconds=settings.conversation_ttl_seconds,
+        )
+        stack.push_async_callback(_settle, turns)
+        await _in_background(stack, _sweep(turns))
+        await _in_background(stack, _probe_loop(metrics.http))
+        logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
+        yield Services(
+            settings=settings,
+            engine=engine,
+            turns=turns,
+            tokenizer=tokenizer,
+            template=template,
+            metrics=metrics,
+            model=ServedModel(settings.model_name, int(time.time()), ready),
+            drain=Drain(),
+            pulse=pulse,
+        )
+
+
+async def _settle(turns: Turns) -> None:
+    """Let the checkpoints of committed turns reach the store."""
+    try:
+        await asyncio.wait_for(turns.settle(), SETTLE_SECONDS)
+    except TimeoutError:
+        logger.warning("checkpoints not written: these conversations will replay", extra={"seconds": SETTLE_SECONDS})
+
+
+async def _in_background(stack: AsyncExitStack, work: Coroutine[None, None, None]) -> None:
+    """Run `work` until the stack closes; its failure is raised there."""
+    task = asyncio.create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    stack.push_async_callback(end)
+
+
+async def _sweep(turns: Turns) -> None:
+    while True:
+        try:
+            await turns.sweep()
+        except LedgerUnavailable:
+            logger.warning("expired conversations not swept: the ledger does not answer")
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def _probe_loop(metrics: HttpMetrics) -> None:
+    """Measure how late the event loop wakes a sleeper."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(LAG_PROBE_SECONDS)
+        metrics.loop_lag_seconds.observe(max(0.0, time.perf_counter() - before - LAG_PROBE_SECONDS))
+
+
+def server_version() -> str:
+    """Return the installed version."""
+    try:
+        return version("sostenuto")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unreleased"

@@ -1,0 +1,80 @@
+"""The server as a process: from settings to a listening socket, and back on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from server.app import create_app
+from server.assembly import open_services
+from server.logs import configure_logging
+from server.services import Services
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# After the drain nothing should be left; a connection that will not close does not keep the process.
+CLOSE_SECONDS = 5
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to end; returns the exit status."""
+    configure_logging(settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run_server(settings))
+
+
+async def run_server(settings: Settings) -> int:
+    """As `serve`, in a running event loop."""
+    async with open_services(settings) as services:
+        server = DrainingServer(services)
+        gc.freeze()  # what start-up made stays: the collector need not look at it again
+        await server.serve()
+        return 1 if server.was_forced else 0
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that drains on SIGTERM or SIGINT, and aborts on the second."""
+
+    def __init__(self, services: Services) -> None:
+        settings = services.settings
+        super().__init__(
+            uvicorn.Config(
+                create_app(services),
+                host=settings.host,
+                port=settings.port,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self.was_forced = False
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the drain at the first signal; give up at the second. The signal itself is dealt with here."""
+        if self._services.drain.has_begun:
+            self.was_forced = self.force_exit = self.should_exit = True
+            return
+        self._services.drain.begin()
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        # The listener stays open meanwhile, so that newcomers are told 503 instead of nothing.
+        logger.info("draining", extra={"seconds": self._services.settings.shutdown_timeout})
+        await self._services.drain.wait(self._services.settings.shutdown_timeout)
+        self.should_exit = True

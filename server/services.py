@@ -1,0 +1,66 @@
+"""What every endpoint works with: the pieces of one running server. `server.assembly` puts them together."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from engine.client import AsyncEngine
+from engine.messages import EngineReady
+from engine.tokenizer import Tokenizer
+from server.conversations.turns import Turns
+from server.drain import Drain
+from server.metrics import Metrics
+from server.pulse import Pulse
+from server.settings import Settings
+from server.templates import Template
+
+# Encoding takes about 100 ns a character; longer texts leave the event loop.
+MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model as clients see it."""
+
+    name: str
+    created: int  # seconds since the epoch: when this server began to serve it
+    engine: EngineReady
+
+    @property
+    def system_fingerprint(self) -> str:
+        """Changes when the weights do."""
+        return f"fp_{self.engine.fingerprint[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The pieces of one running server."""
+
+    settings: Settings
+    engine: AsyncEngine
+    turns: Turns
+    tokenizer: Tokenizer
+    template: Template
+    metrics: Metrics
+    model: ServedModel
+    drain: Drain
+    pulse: Pulse
+
+    async def encode(self, text: str) -> list[int]:
+        """Return the tokens of `text`; what looks like a special token in it is text like any other."""
+        if len(text) <= MAX_CHARS_ENCODED_ON_LOOP:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+
+def services_of(request: Request) -> Services:
+    """Return the services of the app that answers `request`."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(services_of)]

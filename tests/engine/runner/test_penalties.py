@@ -1,0 +1,92 @@
+"""Penalties: whose tokens count, and how."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.messages import SamplingParams
+from engine.runner.penalties import PenaltyCounters
+
+V = 6
+
+
+@pytest.fixture
+def counters() -> PenaltyCounters:
+    """Counters for three slots."""
+    return PenaltyCounters(3, V, torch.device("cpu"))
+
+
+def penalised(counters: PenaltyCounters, slot: int, params: SamplingParams) -> list[float]:
+    """Return a row of logits [2, -2, 2, -2, ...] after the penalties."""
+    logits = torch.tensor([[2.0, -2.0] * (V // 2)])
+    counters.apply(logits, [slot], [params])
+    return [round(value, 5) for value in logits[0].tolist()]
+
+
+def test_repetition_weakens_everything_the_request_consumed(counters: PenaltyCounters) -> None:
+    """Positive logits are divided, negative ones multiplied, once, however often the token came."""
+    counters.consume(1, [0, 1, 1, 0])
+    params = SamplingParams(seed=0, repetition_penalty=2.0)
+    assert penalised(counters, 1, params) == [1.0, -4.0, 2.0, -2.0, 2.0, -2.0]
+    counters.consume(1, [2])
+    assert penalised(counters, 1, params) == [1.0, -4.0, 1.0, -2.0, 2.0, -2.0]
+    assert penalised(counters, 0, params) == [2.0, -2.0] * 3
+
+
+def test_presence_and_frequency_look_at_generated_tokens_only(counters: PenaltyCounters) -> None:
+    """Prompt tokens do not count; presence is paid once, frequency for each time."""
+    params = SamplingParams(seed=0, presence_penalty=0.5, frequency_penalty=0.25)
+    counters.consume(0, [0, 1, 2])
+    for token_id in (4, 4, 5):
+        counters.generate([0], [token_id], [params])
+    assert penalised(counters, 0, params) == [2.0, -2.0, 2.0, -2.0, 1.0, -2.75]
+
+
+def test_counts_decay_with_each_generated_token(counters: PenaltyCounters) -> None:
+    """RWKV's rule: all counts are multiplied by the decay, then the new token's grows by one."""
+    params = SamplingParams(seed=0, frequency_penalty=1.0, penalty_decay=0.5)
+    for token_id in (0, 2, 0):
+        counters.generate([0], [token_id], [params])
+    # token 0: ((1 * 0.5) * 0.5) + 1, token 2: 1 * 0.5
+    assert penalised(counters, 0, params) == [0.75, -2.0, 1.5, -2.0, 2.0, -2.0]
+
+
+def test_a_negative_penalty_favours(counters: PenaltyCounters) -> None:
+    """Penalties may be negative, as in the OpenAI interface."""
+    params = SamplingParams(seed=0, presence_penalty=-1.0)
+    counters.generate([0], [1], [params])
+    assert penalised(counters, 0, params)[1] == -1.0
+
+
+def test_rows_with_and_without_penalties_mix(counters: PenaltyCounters) -> None:
+    """Only the rows that ask are changed, each by its own slot's tokens."""
+    plain = SamplingParams(seed=0)
+    penalty = SamplingParams(seed=0, presence_penalty=1.0)
+    repetition = SamplingParams(seed=0, repetition_penalty=2.0)
+    counters.consume(2, [0])
+    counters.generate([0, 1, 2], [3, 3, 3], [plain, penalty, repetition])
+    logits = torch.ones(3, V)
+    counters.apply(logits, [2, 0, 1], [repetition, plain, penalty])
+    assert logits.tolist() == [[0.5, 1, 1, 1, 1, 1], [1] * 6, [1, 1, 1, 0, 1, 1]]
+
+
+def test_a_reset_slot_knows_nothing_of_its_last_owner(counters: PenaltyCounters) -> None:
+    """No request is penalised for another's tokens, and other slots keep theirs."""
+    params = SamplingParams(seed=0, presence_penalty=1.0, repetition_penalty=2.0)
+    for slot in (0, 1):
+        counters.consume(slot, [0])
+        penalised(counters, slot, params)
+        counters.generate([slot], [2], [params])
+    counters.reset(0)
+    assert penalised(counters, 0, params) == [2.0, -2.0] * 3
+    assert penalised(counters, 1, params) == [1.0, -2.0, 1.0, -2.0, 2.0, -2.0]
+
+
+def test_nothing_of_vocabulary_size_exists_until_it_is_used(counters: PenaltyCounters) -> None:
+    """Requests without penalties cost no memory."""
+    counters.consume(0, [1, 2, 3])
+    counters.apply(torch.zeros(1, V), [0], [SamplingParams(seed=0)])
+    counters.generate([0], [1], [SamplingParams(seed=0)])
+    assert counters._seen is None
+    assert counters._counts is None

@@ -1,0 +1,144 @@
+"""A model runner without a model: the state of a slot is exactly the tokens it has consumed.
+
+So a test can look at any state and see whether it is the prompt and the delivered tokens. The 'model' is a function of
+that history, hence deterministic, and equal for every way to cut, restore or replay it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.messages import SamplingParams, TokenLogprobs
+from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
+from engine.state.spec import RecurrentState, StateSpec, TensorSpec
+
+MAX_TOKENS = 512
+Model = Callable[[Sequence[int], SamplingParams], int]
+
+STUB_SPEC = StateSpec(
+    fingerprint="5707", generation="0", layout="tape", tensors=(TensorSpec("tape", (MAX_TOKENS,), torch.float32),)
+)
+
+
+def tokens_of(state: RecurrentState) -> list[int]:
+    """Return the tokens that `state` has consumed."""
+    tape = state.tensors["tape"].tolist()
+    return [int(token) for token in tape if token >= 0]
+
+
+def state_of(token_ids: Sequence[int], chain: bytes) -> RecurrentState:
+    """Return the state that has consumed `token_ids`."""
+    tape = torch.full((MAX_TOKENS,), -1.0)
+    tape[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.float32)
+    return RecurrentState(len(token_ids), chain, {"tape": tape})
+
+
+def random_model(vocab_size: int) -> Model:
+    """Return a model that says something else after every history, the same whenever the history is the same."""
+
+    def next_token(history: Sequence[int], sampling: SamplingParams) -> int:
+        return random.Random(repr((list(history), sampling.seed))).randrange(vocab_size)
+
+    return next_token
+
+
+def scripted_model(prompt_length: int, script: Sequence[int]) -> Model:
+    """Return a model that answers any prompt of `prompt_length` tokens with `script`, and then repeats its last."""
+
+    def next_token(history: Sequence[int], sampling: SamplingParams) -> int:
+        return script[min(len(history) - prompt_length, len(script) - 1)]
+
+    return next_token
+
+
+class DeviceFault(Exception):
+    """What a broken device raises."""
+
+
+class StubRunner:
+    """Checks what a real runner takes for granted, and does what it promises, in plain lists."""
+
+    def __init__(
+        self,
+        num_slots: int = 9,
+        vocab_size: int = 256,
+        model: Model | None = None,
+        poisonous: int | None = None,  # a row that consumes this token fails
+        explosive: int | None = None,  # a step that consumes this token raises
+    ) -> None:
+        self.spec = STUB_SPEC
+        self.num_slots = num_slots
+        self.vocab_size = vocab_size
+        self.model = model or random_model(vocab_size)
+        self.poisonous = poisonous
+        self.explosive = explosive
+        self.slots: list[list[int] | None] = [None] * num_slots
+        self.plans: list[StepPlan] = []
+        self.broken = False  # every call raises
+        self.saves_break = False
+
+    def step(self, plan: StepPlan) -> StepOutput:
+        """Consume the plan's tokens."""
+        self._check_device()
+        self.plans.append(plan)
+        slots = [chunk.slot for chunk in plan.chunks]
+        assert len(set(slots)) == len(slots), "a slot may have one chunk a step"
+        assert self.num_slots - 1 not in slots, "the last slot is for padding"
+        if any(self.explosive in chunk.token_ids for chunk in plan.chunks):
+            for slot in slots:
+                self.slots[slot] = None
+            raise DeviceFault("boom")
+        return StepOutput([self._consume(chunk) for chunk in plan.chunks])
+
+    def _consume(self, chunk: Chunk) -> ChunkOutput:
+        tape = self.slots[chunk.slot]
+        assert tape is not None, "the slot has no state"
+        assert len(chunk.token_ids) > 0
+        tape.extend(chunk.token_ids)
+        assert chunk.position == len(tape), "position is the number of tokens before the sampled one"
+        if self.poisonous in chunk.token_ids:
+            self.slots[chunk.slot] = None
+            return ChunkOutput(failed="not a number")
+        prompt_logprobs = None
+        if chunk.target_ids is not None:
+            assert len(chunk.target_ids) == len(chunk.token_ids)
+            prompt_logprobs = [None if i is None else TokenLogprobs(-float(i)) for i in chunk.target_ids]
+        if chunk.sampling is None:
+            return ChunkOutput(prompt_logprobs=prompt_logprobs)
+        token_id = self.model(tape, chunk.sampling)
+        logprobs = TokenLogprobs(-float(token_id)) if chunk.sampling.num_logprobs is not None else None
+        return ChunkOutput(token_id, logprobs, prompt_logprobs)
+
+    def start(self, slot: int) -> None:
+        """Give the slot the empty history."""
+        self._check_device()
+        self.slots[slot] = []
+
+    def load(self, slot: int, state: RecurrentState) -> None:
+        """Give the slot the history in `state`."""
+        self._check_device()
+        self.slots[slot] = tokens_of(state)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give `target` the history of `source`."""
+        self._check_device()
+        tape = self.slots[source]
+        assert tape is not None
+        self.slots[target] = list(tape)
+
+    def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
+        """Return the slot's history; it must be as long as it is said to be."""
+        self._check_device()
+        if self.saves_break:
+            raise DeviceFault("cannot save")
+        tape = self.slots[slot]
+        assert tape is not None
+        assert len(tape) == num_tokens
+        return state_of(tape, chain)
+
+    def _check_device(self) -> None:
+        if self.broken:
+            raise DeviceFault("the device is gone")
