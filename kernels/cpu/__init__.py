@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.cpu.build import CompileError, build
+from kernels.cpu import build
 from kernels.cpu.library import Team, load
 from kernels.cpu.operators import Operators
 
@@ -78,8 +78,8 @@ _registered: list[Operators] = []
 @cache
 def _library_path(cache_directory: Path | None) -> Path | None:
     try:
-        return build(cache_directory)
-    except (CompileError, OSError) as error:
+        return build.build(cache_directory)
+    except (build.CompileError, OSError) as error:
         logger.warning("no compiled CPU operators, PyTorch's will do the work several times slower: %s", error)
         return None
 

@@ -109,6 +109,7 @@ void sostenuto_apply_low_rank(sostenuto_team* team, int64_t num_rows, const sost
     lay_out(Arena(team->arena(lay_out(Arena()))));
     team->run([&](Member& me) {
         convert(me, num_rows, down.in, *x, input);
+        me.share(num_rows, [&](int64_t row) { zero_padding(hidden, row, up.in); });
         const Product first{input, down, {hidden, nullptr, weights->activation}};
         multiply(me, &first, 1, num_rows);
         const Product second{hidden, up, {*y, weights->bias, weights->output_activation}};
