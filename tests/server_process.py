@@ -49,7 +49,7 @@ class ServerProcess:
     def start(self) -> None:
         """Start it and wait until it is healthy."""
         command = [sys.executable, "-m", "server", "serve", str(self.model), "--port", str(self.port)]
-        command += ["--data-dir", str(self.data_dir), *self.options]
+        command += ["--data-dir", str(self.data_dir), "--served-model-name", "test", *self.options]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + START_SECONDS

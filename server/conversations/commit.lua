@@ -9,6 +9,7 @@ if redis.call('LLEN', KEYS[2]) ~= tonumber(head[1]) then return {'corrupt'} end
 redis.call('RPUSH', KEYS[2], ARGV[6])
 redis.call('HSET', KEYS[1], 'version', ARGV[2], 'chain', ARGV[3], 'num_tokens', ARGV[4], 'request_id', ARGV[5],
   'expires_at', now + head[4])
+redis.call('HDEL', KEYS[1], 'lease_until', 'leased_by', 'owner')
 redis.call('PEXPIRE', KEYS[1], head[4] + ARGV[7])
 redis.call('PEXPIRE', KEYS[2], head[4] + ARGV[7])
 return {'ok'}

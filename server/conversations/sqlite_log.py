@@ -289,6 +289,7 @@ class SqliteLog:
                 " expires_at = ? + ttl_seconds WHERE conversation_id = ?",
                 (turn.version, turn.chain, turn.num_tokens, turn.request_id, self._clock(), conversation_id),
             )
+        self.release(lease)
 
     def point(self, conversation_id: str, version: int, checkpoint: CheckpointRef) -> CheckpointRef | None:
         """See `Ledger.point`."""
