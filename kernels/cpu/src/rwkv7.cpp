@@ -14,26 +14,28 @@ namespace {
 // Products read whole steps: what lies beyond a row's width must be finite, for its weights are zero. Only rows of odd
 // width have such a place, and it keeps whatever it is given here, or what a wider layer left.
 void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
-    const Rows* read[] = {&to.mixes[0],     &to.mixes[1],  &to.mixes[2],     &to.mixes[3],      &to.mixes[4], &to.mixes[5],
-                          &to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y,        &to.ffn_hidden};
+    const Rows* read[] = {&to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y, &to.ffn_hidden};
+    const auto clear_row = [&](const Rows& rows, int64_t row) {
+        const int64_t bytes = rows.stride * item_bytes(rows.format);
+        memset(static_cast<char*>(rows.data) + row * bytes, 0, bytes);
+    };
     me.share(num_tokens, [&](int64_t row) {
-        for (const Rows* rows : read) {
-            const int64_t bytes = rows->stride * item_bytes(rows->format);
-            memset(static_cast<char*>(rows->data) + row * bytes, 0, bytes);
-        }
+        for (const Rows& mix : to.mixes) clear_row(mix, row);
+        for (const Rows* rows : read) clear_row(*rows, row);
     });
 }
 
 // x += output(wkv7(projections of the mixes))
-void time_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer& layer, int64_t index,
-                 int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
-                 const Rwkv7Buffers& to) {
+void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
+    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const Rwkv7Buffers& to = call.buffers;
+    const int64_t num_tokens = call.batch.num_tokens;
     const auto& [m_r, m_w, m_k, m_v, m_a, m_g] = to.mixes;
     const bool mixes_value = index > 0;
     const Rows v = mixes_value ? to.v : to.v_first;
 
-    shift_mix(me, batch, x, width, layer.ln1, shift.data + index * shift.layer_stride, shift.slot_stride, layer.att_mix,
-              6, to.mixes, to.h);
+    shift_mix(me, call.batch, call.x, call.width, layer.ln1, call.shift.data + index * call.shift.layer_stride,
+              call.shift.slot_stride, layer.att_mix, 6, to.mixes, to.h);
 
     // Small products first: what is large fills the end evenly.
     const Product down[] = {
@@ -45,7 +47,7 @@ void time_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7
         {m_v, layer.value, {v}},
         {m_v, layer.value_mix.down, {to.value_hidden, nullptr, layer.value_mix.activation}},
     };
-    multiply(me, down, mixes_value ? 7 : 6, batch.num_tokens);
+    multiply(me, down, mixes_value ? 7 : 6, num_tokens);
 
     const Product up[] = {
         {to.decay_hidden, layer.decay.up, {to.decay, layer.decay.bias, layer.decay.output_activation}},
@@ -53,27 +55,29 @@ void time_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7
         {to.gate_hidden, layer.gate.up, {to.gate, layer.gate.bias, layer.gate.output_activation}},
         {to.value_hidden, layer.value_mix.up, {to.value_mix, layer.value_mix.bias, layer.value_mix.output_activation}},
     };
-    multiply(me, up, mixes_value ? 4 : 3, batch.num_tokens);
+    multiply(me, up, mixes_value ? 4 : 3, num_tokens);
 
     const Rows absent{};
     const sostenuto_wkv7_rows rows{to.r, to.k, v, to.decay, to.a, to.gate, mixes_value ? to.v_first : absent,
                                    mixes_value ? to.value_mix : absent, to.y};
-    wkv7(me, batch, layer.wkv, rows, wkv.data + index * wkv.layer_stride, wkv.slot_stride);
+    wkv7(me, call.batch, layer.wkv, rows, call.wkv.data + index * call.wkv.layer_stride, call.wkv.slot_stride);
 
-    const Product output{to.y, layer.output, {x, nullptr, SOSTENUTO_NONE, true}};
-    multiply(me, &output, 1, batch.num_tokens);
+    const Product output{to.y, layer.output, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &output, 1, num_tokens);
 }
 
 // x += value(relu(key(mix))^2)
-void channel_mixing(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer& layer, int64_t index,
-                    int64_t width, const Rows& x, const sostenuto_states& shift, const Rwkv7Buffers& to) {
+void channel_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
+    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const Rwkv7Buffers& to = call.buffers;
     const Rows& mixed = to.mixes[0];
-    shift_mix(me, batch, x, width, layer.ln2, shift.data + index * shift.layer_stride + width, shift.slot_stride,
-              layer.ffn_mix, 1, &mixed, to.h);
+    shift_mix(me, call.batch, call.x, call.width, layer.ln2,
+              call.shift.data + index * call.shift.layer_stride + call.width, call.shift.slot_stride, layer.ffn_mix, 1,
+              &mixed, to.h);
     const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}};
-    multiply(me, &key, 1, batch.num_tokens);
-    const Product value{to.ffn_hidden, layer.ffn_value, {x, nullptr, SOSTENUTO_NONE, true}};
-    multiply(me, &value, 1, batch.num_tokens);
+    multiply(me, &key, 1, call.batch.num_tokens);
+    const Product value{to.ffn_hidden, layer.ffn_value, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &value, 1, call.batch.num_tokens);
 }
 
 }  // namespace
@@ -104,13 +108,11 @@ Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_layer* la
     return to;
 }
 
-void rwkv7(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer* layers, int64_t num_layers,
-           int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
-           const Rwkv7Buffers& buffers) {
-    clear(me, batch.num_tokens, buffers);
-    for (int64_t i = 0; i < num_layers; ++i) {
-        time_mixing(me, batch, layers[i], i, width, x, wkv, shift, buffers);
-        channel_mixing(me, batch, layers[i], i, width, x, shift, buffers);
+void rwkv7(Member& me, const Rwkv7Call& call) {
+    clear(me, call.batch.num_tokens, call.buffers);
+    for (int64_t i = 0; i < call.num_layers; ++i) {
+        time_mixing(me, call, i);
+        channel_mixing(me, call, i);
     }
 }
 

@@ -19,8 +19,16 @@ struct Rwkv7Buffers {
                                 int64_t num_tokens);
 };
 
-void rwkv7(Member& me, const sostenuto_batch& batch, const sostenuto_rwkv7_layer* layers, int64_t num_layers,
-           int64_t width, const Rows& x, const sostenuto_states& wkv, const sostenuto_states& shift,
-           const Rwkv7Buffers& buffers);
+// One call: a model, the tokens it consumes, the states it advances, and room to work in.
+struct Rwkv7Call {
+    const sostenuto_rwkv7_layer* layers;
+    int64_t num_layers, width;
+    sostenuto_batch batch;
+    Rows x;  // [T, C] float32, the residual stream
+    sostenuto_states wkv, shift;
+    Rwkv7Buffers buffers;
+};
+
+void rwkv7(Member& me, const Rwkv7Call& call);
 
 }  // namespace sostenuto

@@ -172,15 +172,20 @@ static inline vec sum4(const vec p[4]) {
 #endif
 }
 
-// Lane I of every group of four lanes, in all four.
-template <int I>
-static inline vec spread(vec v) {
+// The first four lanes of such sums, each in a vector of its own.
+static inline void spread4(vec sums, vec out[4]) {
 #if defined(SOSTENUTO_AVX512)
-    return _mm512_permute_ps(v, I * 0x55);
+    out[0] = _mm512_permute_ps(sums, 0x00);
+    out[1] = _mm512_permute_ps(sums, 0x55);
+    out[2] = _mm512_permute_ps(sums, 0xaa);
+    out[3] = _mm512_permute_ps(sums, 0xff);
 #elif defined(SOSTENUTO_AVX2)
-    return _mm256_permute_ps(v, I * 0x55);
+    out[0] = _mm256_permute_ps(sums, 0x00);
+    out[1] = _mm256_permute_ps(sums, 0x55);
+    out[2] = _mm256_permute_ps(sums, 0xaa);
+    out[3] = _mm256_permute_ps(sums, 0xff);
 #else
-    return broadcast(v[I]);
+    for (int i = 0; i < 4; ++i) out[i] = broadcast(sums[i]);
 #endif
 }
 

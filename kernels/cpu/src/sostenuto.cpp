@@ -2,7 +2,8 @@
 
 #include "sostenuto.h"
 
-#include <new>
+#include <algorithm>
+#include <exception>
 
 #include "linear.h"
 #include "rwkv7.h"
@@ -144,12 +145,11 @@ void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const s
                      int64_t num_layers, int64_t width, float* x, const sostenuto_states* wkv,
                      const sostenuto_states* shift) {
     Guard guard(team->lock);
-    Rwkv7Buffers buffers;
+    Rwkv7Call call{layers, num_layers, width, *batch, {x, width, SOSTENUTO_FLOAT32}, *wkv, *shift, {}};
     const auto lay_out = [&](Arena arena) {
-        buffers = Rwkv7Buffers::lay_out(arena, layers, num_layers, width, batch->num_tokens);
+        call.buffers = Rwkv7Buffers::lay_out(arena, layers, num_layers, width, batch->num_tokens);
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
-    const Rows residual{x, width, SOSTENUTO_FLOAT32};
-    team->run([&](Member& me) { rwkv7(me, *batch, layers, num_layers, width, residual, *wkv, *shift, buffers); });
+    team->run([&](Member& me) { rwkv7(me, call); });
 }

@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kSteps = 16;  // tokens prepared at a time: they stay in L1
 constexpr int kRows = 4;        // rows of S in registers
-constexpr int kAhead = 8;       // rows of S fetched before they are needed: they come from memory in a decode step
 
 // One head's inputs for one token, zero-padded to whole vectors.
 enum Input { kKk, kDecay, kRemoval, kKey, kReceptance, kValue, kNumInputs };
@@ -30,6 +29,7 @@ struct Head {
     int64_t size, padded, first;  // N, N in whole vectors, the head's first channel
     float* inputs;                // [kSteps, kNumInputs, padded]
     float* y;                     // [kSteps, padded]
+    float* held;                  // [padded] what the rows hold under the first token's kk
     float* bonus;                 // [kSteps]
 
     float* input(int64_t step, Input which) const { return inputs + (step * kNumInputs + which) * padded; }
@@ -74,51 +74,65 @@ inline void dot(const vec (&s)[kRows][V], const float* x, vec (&sums)[kRows]) {
     }
 }
 
-// Rows [row, row + kRows) of the state through `steps` tokens; V vectors hold a row. Rows beyond the last are zero.
-// `whole`: they are all there, and fill their vectors.
+// Row `row` on, vector by vector. `whole`: rows fill their vectors, and all kRows exist; others are read as zeros.
 template <int V, bool whole>
-void scan(const Head& head, float* state, int64_t row, int64_t steps) {
-    constexpr int64_t padded = V * W;
-    const int64_t size = whole ? padded : head.size;
-    float* rows = state + row * size;
-    vec s[kRows][V];
+inline void load_rows(const float* state, int64_t row, int64_t size, vec (&s)[kRows][V]) {
     for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < V; ++j) {
-            const float* at = rows + i * size + j * W;
+            const float* at = state + (row + i) * size + j * W;
             s[i][j] = whole ? load(at) : load_first(at, row + i < size ? size - j * W : 0);
-            __builtin_prefetch(at + kAhead * size, 1);
         }
-    const float* in = head.inputs;
-    float* y = head.y + row;
-    vec held[kRows];
-    dot<V>(s, in + kKk * padded, held);
-    for (int64_t t = 0; t < steps; ++t) {
-        const vec sums = sum4(held);
-        const vec z[kRows] = {spread<0>(sums), spread<1>(sums), spread<2>(sums), spread<3>(sums)};
-        const float* v = in + kValue * padded + row;
-        for (int j = 0; j < V; ++j) {
-            const vec w = in_register(load(in + kDecay * padded + j * W));
-            const vec b = in_register(load(in + kRemoval * padded + j * W));
-            const vec k = in_register(load(in + kKey * padded + j * W));
-            for (int i = 0; i < kRows; ++i) s[i][j] = fma(broadcast(v[i]), k, fma(z[i], b, s[i][j] * w));
-        }
-        // What the next step waits for comes before this step's result: their latencies overlap.
-        if (t + 1 < steps) dot<V>(s, in + (kNumInputs + kKk) * padded, held);
-        vec read[kRows];
-        dot<V>(s, in + kReceptance * padded, read);
-        store4(y, sum4(read));
-        in += kNumInputs * padded;
-        y += padded;
-    }
+}
+
+template <int V, bool whole>
+inline void store_rows(float* state, int64_t row, int64_t size, const vec (&s)[kRows][V]) {
     for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < V; ++j) {
-            float* at = rows + i * size + j * W;
+            float* at = state + (row + i) * size + j * W;
             if (whole) {
                 store(at, s[i][j]);
             } else {
                 store_first(at, s[i][j], row + i < size ? size - j * W : 0);
             }
         }
+}
+
+// One head's state through `steps` tokens, a few rows after the other. What the state holds under the first token's kk
+// is read for all rows beforehand: that way a decode step, which has no second token, waits for no sum.
+template <int V, bool whole>
+void scan(const Head& head, float* state, int64_t steps) {
+    constexpr int64_t padded = V * W;
+    const int64_t size = whole ? padded : head.size;
+    vec s[kRows][V], sums[kRows];
+    for (int64_t row = 0; row < size; row += kRows) {
+        load_rows<V, whole>(state, row, size, s);
+        dot<V>(s, head.input(0, kKk), sums);
+        store4(head.held + row, sum4(sums));
+    }
+    for (int64_t row = 0; row < size; row += kRows) {
+        load_rows<V, whole>(state, row, size, s);
+        for (int line = 0; line < kRows * V * W; line += 16)  // the next head's rows, next in memory
+            __builtin_prefetch(state + size * size + row * size + line, 0, 2);
+        vec z[kRows];
+        for (int i = 0; i < kRows; ++i) z[i] = broadcast(head.held[row + i]);
+        for (int64_t t = 0; t < steps; ++t) {
+            const float *in = head.inputs + t * kNumInputs * padded, *v = in + kValue * padded + row;
+            for (int j = 0; j < V; ++j) {
+                const vec w = in_register(load(in + kDecay * padded + j * W));
+                const vec b = in_register(load(in + kRemoval * padded + j * W));
+                const vec k = in_register(load(in + kKey * padded + j * W));
+                for (int i = 0; i < kRows; ++i) s[i][j] = fma(broadcast(v[i]), k, fma(z[i], b, s[i][j] * w));
+            }
+            // What the next step waits for comes before this step's result: their latencies overlap.
+            if (t + 1 < steps) {
+                dot<V>(s, in + (kNumInputs + kKk) * padded, sums);
+                spread4(sum4(sums), z);
+            }
+            dot<V>(s, in + kReceptance * padded, sums);
+            store4(head.y + t * padded + row, sum4(sums));
+        }
+        store_rows<V, whole>(state, row, size, s);
+    }
 }
 
 using Scan = decltype(&scan<1, true>);
@@ -153,11 +167,11 @@ void finish(const Head& head, int64_t token, int64_t step) {
 }
 
 void advance(const Head& head, float* state, int64_t begin, int64_t end) {
-    const Scan scan_rows = choose_scan(head.size);
+    const Scan scan_head = choose_scan(head.size);
     for (int64_t t = begin; t < end; t += kSteps) {
         const int64_t steps = std::min(kSteps, end - t);
         for (int64_t i = 0; i < steps; ++i) prepare(head, t + i, i);
-        for (int64_t row = 0; row < head.size; row += kRows) scan_rows(head, state, row, steps);
+        scan_head(head, state, steps);
         for (int64_t i = 0; i < steps; ++i) finish(head, t + i, i);
     }
 }
@@ -169,9 +183,10 @@ void wkv7(Member& me, const sostenuto_batch& batch, const sostenuto_wkv7_paramet
     const int64_t H = p.num_heads, N = p.head_size, padded = round_up(N, W);
     me.share(batch.num_sequences * H, [&](int64_t task) {
         const int64_t b = task / H, h = task % H;
-        float* memory = static_cast<float*>(me.scratch(kSteps * ((kNumInputs + 1) * padded + 1) * sizeof(float)));
-        float* y = memory + kSteps * kNumInputs * padded;
-        const Head head{p, rows, N, padded, h * N, memory, y, y + kSteps * padded};
+        const int64_t floats = kSteps * (kNumInputs + 1) * padded + padded + kSteps;
+        float* memory = static_cast<float*>(me.scratch(floats * sizeof(float)));
+        float *y = memory + kSteps * kNumInputs * padded, *held = y + kSteps * padded;
+        const Head head{p, rows, N, padded, h * N, memory, y, held, held + padded};
         advance(head, state + batch.slots[b] * slot_stride + h * N * N, batch.starts[b], batch.starts[b + 1]);
     });
 }
