@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from kernels import eager
+from kernels import cpu, eager
 
 Activation = Literal["none", "tanh", "sigmoid"]
 
@@ -49,8 +49,11 @@ _ops = torch.ops.sostenuto
 def select_backend(device: torch.device) -> str:
     """Register the fastest implementations that this machine has for `device`, and return their name.
 
-    Called once, before weights are packed, by whoever owns the device: importing this package builds nothing.
+    Called before weights are packed, by whoever owns the device: importing this package builds nothing. On a CPU the
+    operators run on as many threads as PyTorch has been given.
     """
+    if device.type == "cpu":
+        return cpu.register() or "pytorch"
     return "pytorch"
 
 

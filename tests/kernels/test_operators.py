@@ -1,4 +1,4 @@
-"""The PyTorch operators against the reference, and the promises that every implementation makes."""
+"""The operators against the reference, and the promises that every implementation makes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 
 import kernels
 from kernels import reference
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 H, N, C = 3, 16, 48
 LENGTHS = [5, 1, 3, 1]

@@ -10,7 +10,7 @@ from kernels import reference
 
 H, N, C, T = 2, 16, 32, 2500
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "implementation")
 
 
 def test_float32_states_follow_float64_over_thousands_of_steps() -> None:

@@ -17,7 +17,7 @@ from engine.weights.open import open_weights
 from tests.parity.float64_model import reference_logits, reference_run
 from tests.parity.slots import prompt
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "implementation")
 
 QUOTE_IN = [34, 105, 110]  # the prompt of the published logits
 

@@ -1,0 +1,176 @@
+"""The operators of `kernels` on the compiled library. What it does not handle goes on to `kernels.eager`.
+
+Packed weights are flat: one dimension. So whoever meets them knows which implementation made them, and models packed
+by either can live side by side.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+
+from kernels import eager
+from kernels.cpu import library
+from kernels.cpu.library import ACTIVATIONS, FORMATS, Matrix, Rows, Team
+
+
+class Operators:
+    """The operators, bound to one team of threads. The methods' contracts are those of `kernels`' functions."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.enabled = True
+
+    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        """See `kernels.Linear`."""
+        if not self.enabled or weight.dtype not in FORMATS:
+            return eager.pack_linear(weight)
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        out_features, in_features = weight.shape
+        matrix = Matrix(None, out_features, in_features, FORMATS[weight.dtype])
+        num_bytes = self.team.library.sostenuto_packed_bytes(out_features, in_features, matrix.format)
+        packed = weight.new_empty(num_bytes // weight.element_size())
+        matrix.data = packed.data_ptr()
+        self.team.library.sostenuto_pack(self.team.handle, weight.data_ptr(), weight.stride(0), byref(matrix))
+        return packed
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
+        """See `kernels.Linear`."""
+        if not is_packed_here(weight) or x.dtype not in FORMATS:
+            return eager.linear(x, weight, out_features)
+        x = _with_rows(x)
+        y = x.new_empty(len(x), out_features)
+        matrix = as_matrix(weight, out_features, x.shape[1])
+        self.team.library.sostenuto_linear(
+            self.team.handle, len(x), byref(library.rows(x)), byref(matrix), byref(library.rows(y))
+        )
+        return y
+
+    def low_rank(
+        self,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        rank: int,
+        bias: torch.Tensor | None,
+        activation: str,
+        output_activation: str,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See `kernels.LowRank`."""
+        if not is_packed_here(down) or x.dtype not in FORMATS or dtype not in FORMATS:
+            return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
+        x = _with_rows(x)
+        y = x.new_empty(len(x), out_features, dtype=dtype)
+        weights = library.LowRank(
+            as_matrix(down, rank, x.shape[1]),
+            as_matrix(up, out_features, rank),
+            None if bias is None else library.floats(bias),
+            ACTIVATIONS[activation],
+            ACTIVATIONS[output_activation],
+        )
+        self.team.library.sostenuto_apply_low_rank(
+            self.team.handle, len(x), byref(library.rows(x)), byref(weights), byref(library.rows(y))
+        )
+        return y
+
+    def relu_squared(self, x: torch.Tensor) -> torch.Tensor:
+        """See `kernels.relu_squared`."""
+        if not self.enabled or x.dtype not in FORMATS or x.dim() != 2:
+            return eager.relu_squared(x)
+        x = _with_rows(x)
+        y = torch.empty_like(x)
+        self.team.library.sostenuto_relu_squared(
+            self.team.handle, *x.shape, byref(library.rows(x)), byref(library.rows(y))
+        )
+        return y
+
+    def shift_mix(
+        self,
+        x: torch.Tensor,
+        ln_weight: torch.Tensor,
+        ln_bias: torch.Tensor,
+        eps: float,
+        shift: torch.Tensor,
+        mix: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See `kernels.shift_mix`."""
+        if not self.enabled or x.dtype not in FORMATS or dtype not in FORMATS:
+            return eager.shift_mix(x, ln_weight, ln_bias, eps, shift, mix, slots, starts, dtype)
+        x = _with_rows(x)
+        out = x.new_empty(len(mix), *x.shape, dtype=dtype)
+        self.team.library.sostenuto_shift_mix(
+            self.team.handle,
+            byref(library.batch(slots, starts, len(x))),
+            byref(library.rows(x)),
+            x.shape[1],
+            byref(library.norm(ln_weight, ln_bias, eps)),
+            byref(library.states(shift)),
+            library.floats(mix),
+            len(mix),
+            (Rows * len(mix))(*map(library.rows, out)),
+        )
+        return out
+
+    def wkv7(
+        self,
+        r: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        a: torch.Tensor,
+        gate: torch.Tensor,
+        v_first: torch.Tensor | None,
+        value_mix: torch.Tensor | None,
+        k_k: torch.Tensor,
+        k_a: torch.Tensor,
+        r_k: torch.Tensor,
+        ln_weight: torch.Tensor,
+        ln_bias: torch.Tensor,
+        eps: float,
+        state: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `kernels.wkv7`."""
+        per_token = (r, k, v, decay, a, gate, v_first, value_mix)
+        known = all(tensor is None or tensor.dtype in FORMATS for tensor in per_token)
+        if not self.enabled or not known or r_k.shape[1] > self.team.max_head_size:
+            return eager.wkv7(*per_token, k_k, k_a, r_k, ln_weight, ln_bias, eps, state, slots, starts)
+        rows = [None if tensor is None else _with_rows(tensor) for tensor in per_token]
+        y = gate.new_empty(gate.shape)
+        parameters = library.Wkv7Parameters(
+            *r_k.shape,
+            library.floats(k_k),
+            library.floats(k_a),
+            library.floats(r_k),
+            library.norm(ln_weight, ln_bias, eps),
+        )
+        self.team.library.sostenuto_wkv7(
+            self.team.handle,
+            byref(library.batch(slots, starts, len(r))),
+            byref(parameters),
+            byref(library.Wkv7Rows(*map(library.rows, [*rows, y]))),
+            byref(library.states(state)),
+        )
+        return y
+
+
+def as_matrix(packed: torch.Tensor, out_features: int, in_features: int) -> Matrix:
+    """Return packed weights as the library sees them."""
+    return Matrix(packed.data_ptr(), out_features, in_features, FORMATS[packed.dtype])
+
+
+def is_packed_here(packed: torch.Tensor) -> bool:
+    """Say whether `pack_linear` of this module made `packed`."""
+    return packed.dim() == 1
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

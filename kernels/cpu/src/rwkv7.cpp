@@ -1,0 +1,119 @@
+#include "rwkv7.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "linear.h"
+#include "shift_mix.h"
+#include "wkv7.h"
+
+namespace sostenuto {
+
+namespace {
+
+// Products read whole steps: what lies beyond a row's width must be finite, for its weights are zero. Only rows of odd
+// width have such a place, and it keeps whatever it is given here, or what a wider layer left.
+void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
+    const Rows* read[] = {&to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y, &to.ffn_hidden};
+    const auto clear_row = [&](const Rows& rows, int64_t row) {
+        const int64_t bytes = rows.stride * item_bytes(rows.format);
+        memset(static_cast<char*>(rows.data) + row * bytes, 0, bytes);
+    };
+    me.share(num_tokens, [&](int64_t row) {
+        for (const Rows& mix : to.mixes) clear_row(mix, row);
+        for (const Rows* rows : read) clear_row(*rows, row);
+    });
+}
+
+// x += output(wkv7(projections of the mixes))
+void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
+    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const Rwkv7Buffers& to = call.buffers;
+    const int64_t num_tokens = call.batch.num_tokens;
+    const auto& [m_r, m_w, m_k, m_v, m_a, m_g] = to.mixes;
+    const bool mixes_value = index > 0;
+    const Rows v = mixes_value ? to.v : to.v_first;
+
+    shift_mix(me, call.batch, call.x, call.width, layer.ln1, call.shift.data + index * call.shift.layer_stride,
+              call.shift.slot_stride, layer.att_mix, 6, to.mixes, to.h);
+
+    // Small products first: what is large fills the end evenly.
+    const Product down[] = {
+        {m_w, layer.decay.down, {to.decay_hidden, nullptr, layer.decay.activation}},
+        {m_a, layer.rate.down, {to.a_hidden, nullptr, layer.rate.activation}},
+        {m_g, layer.gate.down, {to.gate_hidden, nullptr, layer.gate.activation}},
+        {m_r, layer.receptance, {to.r}},
+        {m_k, layer.key, {to.k}},
+        {m_v, layer.value, {v}},
+        {m_v, layer.value_mix.down, {to.value_hidden, nullptr, layer.value_mix.activation}},
+    };
+    multiply(me, down, mixes_value ? 7 : 6, num_tokens);
+
+    const Product up[] = {
+        {to.decay_hidden, layer.decay.up, {to.decay, layer.decay.bias, layer.decay.output_activation}},
+        {to.a_hidden, layer.rate.up, {to.a, layer.rate.bias, layer.rate.output_activation}},
+        {to.gate_hidden, layer.gate.up, {to.gate, layer.gate.bias, layer.gate.output_activation}},
+        {to.value_hidden, layer.value_mix.up, {to.value_mix, layer.value_mix.bias, layer.value_mix.output_activation}},
+    };
+    multiply(me, up, mixes_value ? 4 : 3, num_tokens);
+
+    const Rows absent{};
+    const sostenuto_wkv7_rows rows{to.r, to.k, v, to.decay, to.a, to.gate, mixes_value ? to.v_first : absent,
+                                   mixes_value ? to.value_mix : absent, to.y};
+    wkv7(me, call.batch, layer.wkv, rows, call.wkv.data + index * call.wkv.layer_stride, call.wkv.slot_stride);
+
+    const Product output{to.y, layer.output, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &output, 1, num_tokens);
+}
+
+// x += value(relu(key(mix))^2)
+void channel_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
+    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const Rwkv7Buffers& to = call.buffers;
+    const Rows& mixed = to.mixes[0];
+    shift_mix(me, call.batch, call.x, call.width, layer.ln2,
+              call.shift.data + index * call.shift.layer_stride + call.width, call.shift.slot_stride, layer.ffn_mix, 1,
+              &mixed, to.h);
+    const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}};
+    multiply(me, &key, 1, call.batch.num_tokens);
+    const Product value{to.ffn_hidden, layer.ffn_value, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    multiply(me, &value, 1, call.batch.num_tokens);
+}
+
+}  // namespace
+
+Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_layer* layers, int64_t num_layers, int64_t width,
+                                   int64_t num_tokens) {
+    // Formats are those of the matrices that read the rows, and all layers agree on them; low-rank widths may differ.
+    const sostenuto_rwkv7_layer& layer = layers[num_layers - 1];
+    const int64_t A = layer.receptance.out;
+    const auto floats = [&](int64_t columns) { return arena.rows(num_tokens, columns, SOSTENUTO_FLOAT32); };
+    const auto hidden = [&](sostenuto_low_rank sostenuto_rwkv7_layer::*which) {
+        int64_t widest = 0;
+        for (int64_t i = 0; i < num_layers; ++i) widest = std::max(widest, (layers[i].*which).up.in);
+        return arena.rows(num_tokens, widest, (layer.*which).up.format);
+    };
+    Rwkv7Buffers to;
+    to.h = floats(width);
+    const sostenuto_matrix* readers[] = {&layer.receptance, &layer.decay.down, &layer.key,
+                                         &layer.value,      &layer.rate.down,  &layer.gate.down};
+    for (int m = 0; m < 6; ++m) to.mixes[m] = arena.rows(num_tokens, width, readers[m]->format);
+    for (Rows* each : {&to.r, &to.k, &to.v, &to.v_first, &to.decay, &to.a, &to.gate, &to.value_mix}) *each = floats(A);
+    to.decay_hidden = hidden(&sostenuto_rwkv7_layer::decay);
+    to.a_hidden = hidden(&sostenuto_rwkv7_layer::rate);
+    to.gate_hidden = hidden(&sostenuto_rwkv7_layer::gate);
+    to.value_hidden = hidden(&sostenuto_rwkv7_layer::value_mix);
+    to.y = arena.rows(num_tokens, A, layer.output.format);
+    to.ffn_hidden = arena.rows(num_tokens, layer.ffn_value.in, layer.ffn_value.format);
+    return to;
+}
+
+void rwkv7(Member& me, const Rwkv7Call& call) {
+    clear(me, call.batch.num_tokens, call.buffers);
+    for (int64_t i = 0; i < call.num_layers; ++i) {
+        time_mixing(me, call, i);
+        channel_mixing(me, call, i);
+    }
+}
+
+}  // namespace sostenuto

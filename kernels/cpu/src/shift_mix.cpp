@@ -1,0 +1,63 @@
+#include "shift_mix.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace sostenuto {
+
+namespace {
+
+constexpr int64_t kChannels = 128;  // of a mixing task
+
+void layer_norm(const Rows& x, int64_t row, int64_t width, const sostenuto_norm& norm, const Rows& h) {
+    vec sums{};
+    for (int64_t c = 0; c < width; c += W) sums = sums + get(x, row, c, width - c);
+    const vec mean = broadcast(sum(sums) / static_cast<float>(width));
+    vec squares{};
+    for (int64_t c = 0; c < width; c += W) {
+        const vec d = first_lanes(get(x, row, c, width - c) - mean, width - c);
+        squares = fma(d, d, squares);
+    }
+    const vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + norm.eps));
+    for (int64_t c = 0; c < width; c += W) {
+        const int64_t n = width - c;
+        const vec normal = (get(x, row, c, n) - mean) * scale;
+        put(h, row, c, fma(normal, load_first(norm.weight + c, n), load_first(norm.bias + c, n)), n);
+    }
+}
+
+void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int64_t width, float* shift,
+                  int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
+    const float* rows = static_cast<const float*>(h.data);
+    for (int64_t b = 0; b < batch.num_sequences; ++b) {
+        float* kept = shift + batch.slots[b] * slot_stride;
+        const float* previous = kept;
+        for (int64_t t = batch.starts[b]; t < batch.starts[b + 1]; ++t) {
+            const float* now = rows + t * h.stride;
+            for (int64_t c = begin; c < end; c += W) {
+                const int64_t n = end - c;
+                const vec value = load_first(now + c, n), change = load_first(previous + c, n) - value;
+                for (int m = 0; m < num_mixes; ++m)
+                    put(out[m], t, c, fma(change, load_first(mix + m * width + c, n), value), n);
+            }
+            previous = now;
+        }
+        memcpy(kept + begin, previous + begin, (end - begin) * sizeof(float));
+    }
+}
+
+}  // namespace
+
+void shift_mix(Member& me, const sostenuto_batch& batch, const Rows& x, int64_t width, const sostenuto_norm& norm,
+               float* shift, int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
+    me.share(batch.num_tokens, [&](int64_t row) { layer_norm(x, row, width, norm, h); });
+    // Cut by channels, not by tokens: then whoever reads a kept row is also the one who replaces it.
+    me.share((width + kChannels - 1) / kChannels, [&](int64_t task) {
+        const int64_t begin = task * kChannels;
+        mix_channels(batch, begin, std::min(width, begin + kChannels), width, shift, slot_stride, mix, num_mixes, out,
+                     h);
+    });
+}
+
+}  // namespace sostenuto

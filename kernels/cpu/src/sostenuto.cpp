@@ -1,0 +1,155 @@
+// The C interface: each function gathers a team and runs one operator on it.
+
+#include "sostenuto.h"
+
+#include <algorithm>
+#include <exception>
+
+#include "linear.h"
+#include "rwkv7.h"
+#include "shift_mix.h"
+#include "team.h"
+#include "wkv7.h"
+
+using namespace sostenuto;
+
+struct sostenuto_team : Team {
+    using Team::Team;
+};
+
+namespace {
+
+using Guard = std::lock_guard<std::mutex>;
+
+constexpr int64_t kRowsPerTask = 16;
+
+// Rows of another format, rounded, padded with zeros.
+void convert(Member& me, int64_t num_rows, int64_t width, const Rows& from, const Rows& to,
+             int32_t activation = SOSTENUTO_NONE) {
+    me.share((num_rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+        const int64_t end = std::min(num_rows, (task + 1) * kRowsPerTask);
+        for (int64_t row = task * kRowsPerTask; row < end; ++row) {
+            for (int64_t c = 0; c < width; c += W)
+                put(to, row, c, activate(get(from, row, c, width - c), activation), width - c);
+            zero_padding(to, row, width);
+        }
+    });
+}
+
+// A matrix reads rows of its own format, whole steps long; anything else is converted first.
+bool fits(const Rows& rows, const Matrix& weight) {
+    return rows.format == weight.format && weight.in % depth(weight.format) == 0 &&
+           rows.stride % depth(weight.format) == 0;
+}
+
+}  // namespace
+
+sostenuto_team* sostenuto_team_create(int32_t size) {
+    try {
+        return new sostenuto_team(size);
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+void sostenuto_team_destroy(sostenuto_team* team) { delete team; }
+
+void sostenuto_team_poison(sostenuto_team* team) {
+    Guard guard(team->lock);
+    team->poison();
+}
+
+const char* sostenuto_target(void) {
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
+    return "AVX-512 with BF16";
+#elif defined(SOSTENUTO_AVX512)
+    return "AVX-512";
+#elif defined(SOSTENUTO_AVX2)
+    return "AVX2";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#else
+    return "generic";
+#endif
+}
+
+int64_t sostenuto_max_head_size(void) { return kMaxHeadSize; }
+
+int64_t sostenuto_packed_bytes(int64_t out, int64_t in, int32_t format) { return packed_bytes(out, in, format); }
+
+void sostenuto_pack(sostenuto_team* team, const void* weight, int64_t row_stride, const sostenuto_matrix* packed) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { pack(me, weight, row_stride, *packed); });
+}
+
+void sostenuto_linear(sostenuto_team* team, int64_t num_rows, const sostenuto_rows* x, const sostenuto_matrix* weight,
+                      const sostenuto_rows* y) {
+    Guard guard(team->lock);
+    Rows input = *x;
+    if (!fits(*x, *weight)) {
+        input = Arena().rows(num_rows, weight->in, weight->format);
+        input.data = team->arena(num_rows * input.stride * item_bytes(input.format));
+    }
+    team->run([&](Member& me) {
+        if (input.data != x->data) convert(me, num_rows, weight->in, *x, input);
+        const Product product{input, *weight, {*y}};
+        multiply(me, &product, 1, num_rows);
+    });
+}
+
+void sostenuto_apply_low_rank(sostenuto_team* team, int64_t num_rows, const sostenuto_rows* x,
+                              const sostenuto_low_rank* weights, const sostenuto_rows* y) {
+    Guard guard(team->lock);
+    const Matrix &down = weights->down, &up = weights->up;
+    Rows input, hidden;
+    const auto lay_out = [&](Arena arena) {
+        input = arena.rows(num_rows, down.in, down.format);
+        hidden = arena.rows(num_rows, up.in, up.format);
+        return arena.used();
+    };
+    lay_out(Arena(team->arena(lay_out(Arena()))));
+    team->run([&](Member& me) {
+        convert(me, num_rows, down.in, *x, input);
+        me.share(num_rows, [&](int64_t row) { zero_padding(hidden, row, up.in); });
+        const Product first{input, down, {hidden, nullptr, weights->activation}};
+        multiply(me, &first, 1, num_rows);
+        const Product second{hidden, up, {*y, weights->bias, weights->output_activation}};
+        multiply(me, &second, 1, num_rows);
+    });
+}
+
+void sostenuto_shift_mix(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rows* x, int64_t width,
+                         const sostenuto_norm* norm, const sostenuto_states* shift, const float* mix,
+                         int32_t num_mixes, const sostenuto_rows* out) {
+    Guard guard(team->lock);
+    const int64_t bytes = batch->num_tokens * width * static_cast<int64_t>(sizeof(float));
+    const Rows h{team->arena(bytes), width, SOSTENUTO_FLOAT32};
+    team->run([&](Member& me) {
+        shift_mix(me, *batch, *x, width, *norm, shift->data, shift->slot_stride, mix, num_mixes, out, h);
+    });
+}
+
+void sostenuto_wkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_wkv7_parameters* parameters,
+                    const sostenuto_wkv7_rows* rows, const sostenuto_states* state) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { wkv7(me, *batch, *parameters, *rows, state->data, state->slot_stride); });
+}
+
+void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t width, const sostenuto_rows* x,
+                            const sostenuto_rows* y) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { convert(me, num_rows, width, *x, *y, SOSTENUTO_RELU_SQUARED); });
+}
+
+void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rwkv7_layer* layers,
+                     int64_t num_layers, int64_t width, float* x, const sostenuto_states* wkv,
+                     const sostenuto_states* shift) {
+    Guard guard(team->lock);
+    Rwkv7Call call{layers, num_layers, width, *batch, {x, width, SOSTENUTO_FLOAT32}, *wkv, *shift, {}};
+    const auto lay_out = [&](Arena arena) {
+        call.buffers = Rwkv7Buffers::lay_out(arena, layers, num_layers, width, batch->num_tokens);
+        return arena.used();
+    };
+    lay_out(Arena(team->arena(lay_out(Arena()))));
+    team->run([&](Member& me) { rwkv7(me, call); });
+}

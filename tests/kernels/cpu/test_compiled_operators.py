@@ -1,0 +1,259 @@
+"""The compiled operators: right against float64, and every bit independent of batch, cut and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.cpu.library import Team
+from kernels.cpu.operators import Operators
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def random() -> torch.Generator:
+    """Numbers that are the same in every run."""
+    return torch.Generator().manual_seed(11)
+
+
+def with_threads(operators: Operators, num_threads: int) -> Operators:
+    """Return the same operators on another team, whose scratch memory is full of NaN."""
+    return Operators(Team(operators.team.library, num_threads))
+
+
+def starts_of(lengths: list[int]) -> torch.Tensor:
+    """Return the packed offsets of `lengths`."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def assert_exact_products(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Fail unless `result` is the product of what was given, within float32's error of the sums."""
+    expected = x.double() @ weight.double().T
+    scale = x.double().abs() @ weight.double().abs().T
+    assert ((result.double() - expected).abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (200, 256), (53, 37), (1, 3), (80, 4001)])
+def test_linear_is_exact_but_for_the_rounding_of_sums(
+    operators: Operators, random: torch.Generator, dtype: torch.dtype, out_features: int, in_features: int
+) -> None:
+    """Products of what the weights' dtype holds, summed in float32, whatever the sizes; never of unwritten memory."""
+    weight = torch.randn(out_features, in_features, generator=random).to(dtype)
+    x = torch.randn(19, in_features, generator=random).to(dtype)
+    packed = operators.pack_linear(weight)
+    operators.team.poison()
+    assert_exact_products(operators.linear(x.float(), packed, out_features), x, weight)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_a_row_of_a_product_does_not_depend_on_the_others(
+    operators: Operators, random: torch.Generator, dtype: torch.dtype
+) -> None:
+    """Any number of rows, any place among them, any number of threads: the same bits."""
+    weight, x = torch.randn(150, 333, generator=random).to(dtype), torch.randn(230, 333, generator=random)
+    packed = operators.pack_linear(weight)
+    together = operators.linear(x, packed, 150)
+    for num_rows in (1, 2, 3, 4, 5, 6, 7, 13, 64, 97):
+        first = int(torch.randint(0, 230 - num_rows, (), generator=random))
+        rows = slice(first, first + num_rows)
+        assert torch.equal(operators.linear(x[rows], packed, 150), together[rows])
+    for num_threads in (1, 3):
+        assert torch.equal(with_threads(operators, num_threads).linear(x, packed, 150), together)
+
+
+def test_linear_reads_rows_that_are_part_of_a_wider_tensor(operators: Operators, random: torch.Generator) -> None:
+    """Neither what lies between two rows nor what follows the last is read."""
+    wide = torch.full((9, 80), torch.nan)
+    wide[:, 11:48] = torch.randn(9, 37, generator=random)
+    packed = operators.pack_linear(torch.randn(20, 37, generator=random))
+    assert torch.equal(
+        operators.linear(wide[:, 11:48], packed, 20), operators.linear(wide[:, 11:48].contiguous(), packed, 20)
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_a_broken_row_stays_alone(operators: Operators, random: torch.Generator, dtype: torch.dtype) -> None:
+    """NaN and infinity in one row of a product leave the others their bits, and do not vanish."""
+    packed = operators.pack_linear(torch.randn(70, 90, generator=random).to(dtype))
+    x = torch.randn(8, 90, generator=random)
+    whole = operators.linear(x, packed, 70)
+    x[3, 5], x[6, 89] = torch.nan, torch.inf
+    broken = operators.linear(x, packed, 70)
+    rest = [0, 1, 2, 4, 5, 7]
+    assert torch.equal(broken[rest], whole[rest])
+    assert not broken[3].isfinite().any()
+    assert not broken[6].isfinite().any()
+
+
+def low_rank_case(operators: Operators, random: torch.Generator, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a low-rank operator of odd sizes, ready to be called."""
+    down = operators.pack_linear(torch.randn(rank, 50, generator=random) * 0.2)
+    up = operators.pack_linear(torch.randn(66, rank, generator=random))
+    bias = torch.randn(66, generator=random)
+    return lambda x: operators.low_rank(x, down, up, rank, bias, "tanh", "sigmoid", 66, F32)
+
+
+@pytest.mark.parametrize("rank", [8, 13])
+def test_low_rank_does_not_depend_on_the_batch(operators: Operators, random: torch.Generator, rank: int) -> None:
+    """A row's result is bitwise the same alone and among others, also where the rank fills no vector."""
+    low_rank, x = low_rank_case(operators, random, rank), torch.randn(40, 50, generator=random)
+    operators.team.poison()
+    together = low_rank(x)
+    assert together.isfinite().all()
+    assert torch.equal(torch.cat([low_rank(row[None]) for row in x]), together)
+
+
+@pytest.mark.parametrize("rank", [8, 13])
+def test_low_rank_in_bfloat16_never_reads_its_padding(operators: Operators, random: torch.Generator, rank: int) -> None:
+    """The place after an odd rank holds no number of another call."""
+    down = operators.pack_linear(torch.randn(rank, 50, generator=random).to(BF16))
+    up = operators.pack_linear(torch.randn(66, rank, generator=random).to(BF16))
+    x = torch.randn(5, 50, generator=random)
+    results = []
+    for _ in range(2):
+        operators.team.poison()
+        results.append(operators.low_rank(x, down, up, rank, None, "none", "none", 66, F32))
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("name", "exact"), [("sigmoid", torch.sigmoid), ("tanh", torch.tanh)], ids=["sigmoid", "tanh"])
+def test_activations_are_within_a_few_units_in_the_last_place(
+    operators: Operators, name: str, exact: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Over the whole range, tails included, and a NaN stays a NaN."""
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(-6, 1.9, 500), -torch.logspace(-6, 1.9, 500)])
+    one = operators.pack_linear(torch.ones(1, 1))
+    apply = lambda x: operators.low_rank(x[:, None], one, one, 1, None, "none", name, 1, F32)[:, 0]  # noqa: E731
+    torch.testing.assert_close(apply(x).double(), exact(x.double()), rtol=4e-7, atol=1e-38)
+    assert apply(torch.tensor([torch.nan])).isnan().all()
+    ends = torch.tensor([torch.inf, -torch.inf])
+    torch.testing.assert_close(apply(ends), exact(ends), rtol=0, atol=1e-38)
+
+
+class WkvCase:
+    """Random inputs of `wkv7` with realistic decays, for any head size."""
+
+    def __init__(self, random: torch.Generator, num_heads: int, head_size: int, num_tokens: int, dtype: torch.dtype):
+        C = num_heads * head_size
+
+        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            return torch.randn(*shape, generator=random) * scale
+
+        self.rows = [
+            *(normal(num_tokens, C).to(dtype) for _ in range(3)),
+            normal(num_tokens, C, scale=2.0) - 3.0,
+            torch.sigmoid(normal(num_tokens, C)).to(dtype),
+            normal(num_tokens, C).to(dtype),
+            normal(num_tokens, C).to(dtype),
+            torch.sigmoid(normal(num_tokens, C)).to(dtype),
+        ]
+        self.parameters = [
+            normal(C, scale=0.1) + 0.7,
+            normal(C, scale=0.1) + 1.0,
+            normal(num_heads, head_size, scale=0.1),
+            normal(C, scale=0.1) + 1.0,
+            normal(C, scale=0.1),
+        ]
+        self.state = normal(6, 2, num_heads, head_size, head_size)[:, 1]  # strided, as the pool hands it out
+
+    def run(self, operators: Operators, slots: list[int], lengths: list[int], first: int = 0) -> torch.Tensor:
+        """Run packed sequences that begin at token `first`; advances the state."""
+        rows = [row[first : first + sum(lengths)] for row in self.rows]
+        return operators.wkv7(*rows, *self.parameters, 1e-3, self.state, torch.tensor(slots), starts_of(lengths))
+
+
+@pytest.mark.parametrize(("num_heads", "head_size"), [(2, 64), (3, 8), (2, 32), (1, 100), (2, 27)])
+def test_wkv7_equals_the_formulas(
+    operators: Operators, random: torch.Generator, num_heads: int, head_size: int
+) -> None:
+    """Results and states of 40 tokens agree with float64, whether or not a head fills its vectors."""
+    if head_size > operators.team.max_head_size:
+        pytest.skip("left to PyTorch on this target")
+    case = WkvCase(random, num_heads, head_size, 40, F32)
+    S, expected = case.state[3].double().clone(), []
+    k_k, k_a, r_k, weight, bias = (p.double().view(num_heads, head_size) for p in case.parameters)
+    for t in range(40):
+        r, k, v, dw, a, gate, v_first, mix = (row[t].double().view(num_heads, head_size) for row in case.rows)
+        v = v + (v_first - v) * mix
+        kk, k = reference.unit_length(k * k_k), k * (1 + (a - 1) * k_a)
+        w = torch.exp(-torch.exp(torch.tensor(-0.5, dtype=torch.float64)) * torch.sigmoid(dw))
+        y = torch.stack([reference.wkv_head(S[h], r[h], w[h], k[h], v[h], kk[h], a[h]) for h in range(num_heads)])
+        y = reference.group_norm(y, weight, bias, 1e-3) + (r * k * r_k).sum(1, keepdim=True) * v
+        expected.append((y * gate).flatten())
+    operators.team.poison()
+    result = case.run(operators, [3], [40])
+    torch.testing.assert_close(result.double(), torch.stack(expected), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(case.state[3].double(), S, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("head_size", [64, 27])
+def test_wkv7_does_not_depend_on_batch_cut_or_threads(
+    operators: Operators, random: torch.Generator, dtype: torch.dtype, head_size: int
+) -> None:
+    """Sequences together, one by one, token by token, on one thread: results and states have the same bits."""
+    lengths, slots = [37, 1, 18], [4, 0, 2]
+    case = WkvCase(random, 3, head_size, sum(lengths), dtype)
+    before = case.state.clone()
+    together = case.run(operators, slots, lengths)
+    after = case.state.clone()
+    starts = starts_of(lengths).tolist()
+
+    case.state.copy_(before)
+    one_thread = with_threads(operators, 1)
+    assert torch.equal(
+        torch.cat([case.run(one_thread, [s], [n], b) for s, n, b in zip(slots, lengths, starts[:-1], strict=True)]),
+        together,
+    )
+    assert torch.equal(case.state, after)
+
+    case.state.copy_(before)
+    steps = [
+        case.run(operators, [slot], [1], t)
+        for slot, n, b in zip(slots, lengths, starts[:-1], strict=True)
+        for t in range(b, b + n)
+    ]
+    assert torch.equal(torch.cat(steps), together)
+    assert torch.equal(case.state, after)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_shift_mix_does_not_depend_on_batch_cut_or_threads(
+    operators: Operators, random: torch.Generator, dtype: torch.dtype
+) -> None:
+    """As for wkv7, with a width that fills no vector."""
+    C, lengths, slots = 203, [37, 1, 18], [4, 0, 2]
+    x, mix = torch.randn(sum(lengths), C, generator=random), torch.rand(6, C, generator=random)
+    weight, bias = torch.randn(C, generator=random), torch.randn(C, generator=random)
+    before = torch.randn(6, 2, C, generator=random)[:, 1]
+
+    def run(
+        operators: Operators, shift: torch.Tensor, slots: list[int], lengths: list[int], first: int
+    ) -> torch.Tensor:
+        operators.team.poison()
+        rows = x[first : first + sum(lengths)]
+        return operators.shift_mix(rows, weight, bias, 1e-5, shift, mix, torch.tensor(slots), starts_of(lengths), dtype)
+
+    together_shift, alone_shift = before.clone(), before.clone()
+    together = run(operators, together_shift, slots, lengths, 0)
+    starts, one_thread = starts_of(lengths).tolist(), with_threads(operators, 1)
+    alone = [
+        run(one_thread, alone_shift, [slot], [1], t)
+        for slot, length, start in zip(slots, lengths, starts[:-1], strict=True)
+        for t in range(start, start + length)
+    ]
+    assert torch.equal(torch.cat(alone, dim=1), together)
+    assert torch.equal(alone_shift, together_shift)
+
+
+def test_float16_is_left_to_pytorch(operators: Operators, random: torch.Generator) -> None:
+    """A dtype the library does not know is packed and multiplied by the PyTorch operators."""
+    weight, x = torch.randn(8, 16, generator=random).half(), torch.randn(3, 16, generator=random).half()
+    result = operators.linear(x, operators.pack_linear(weight), 8)
+    torch.testing.assert_close(result.float(), x.float() @ weight.float().T, rtol=1e-2, atol=1e-2)
