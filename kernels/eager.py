@@ -11,12 +11,14 @@ nothing the size of all states is ever allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # of state copied out at once: a CPU tile stays in its cache
+
+_HEAD = 256  # most likely tokens looked at before a whole row is sorted: nearly always enough for top_p
 
 _LOG_DECAY_BOUND = -math.exp(-0.5)  # RWKV-7: log w = -exp(-0.5) * sigmoid(dw), so w lies in (0.545, 1)
 
@@ -205,3 +207,96 @@ def _tiles(
     for begin in range(0, num_rows, tile):
         rows = order[begin : begin + tile]
         yield rows, starts[rows], lengths[begin : begin + tile]
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    uniform: Sequence[float],
+) -> torch.Tensor:
+    """See `kernels.sample`."""
+    chosen = logits.argmax(dim=-1)
+    rows = [i for i, value in enumerate(temperature) if value > 0]
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        drawn = _draw(
+            logits if len(rows) == len(logits) else logits.index_select(0, index),
+            [temperature[i] for i in rows],
+            [top_k[i] for i in rows],
+            [top_p[i] for i in rows],
+            [min_p[i] for i in rows],
+            [uniform[i] for i in rows],
+        )
+        chosen.index_copy_(0, index, drawn)
+    return chosen
+
+
+def _draw(
+    logits: torch.Tensor,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    uniform: Sequence[float],
+) -> torch.Tensor:
+    """Draw for rows with a temperature above 0."""
+    probs = torch.softmax(logits, dim=-1)
+    if any(value != 1 for value in temperature):
+        # In the log domain, relative to the maximum: no temperature overflows or loses the most likely token.
+        weights = ((logits - logits.amax(dim=-1, keepdim=True)) / _column(temperature, logits.device)).exp_()
+    else:
+        weights = probs
+    truncates = [p < 1 or k > 0 for p, k in zip(top_p, top_k, strict=True)]
+    if any(truncates) or any(value > 0 for value in min_p):
+        weights = torch.where(probs >= _cutoff(probs, top_k, top_p, min_p, truncates), weights, 0)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    point = _column(uniform, logits.device, torch.float64) * cumulative[:, -1:]
+    # The first id whose cumulative weight exceeds the point; an id of weight 0 never does so first.
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+def _cutoff(
+    probs: torch.Tensor,
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    truncates: Sequence[bool],
+) -> torch.Tensor:
+    """Return the least probability that stays in each row, `[R, 1]`."""
+    cutoff = _column(min_p, probs.device) * probs.amax(dim=-1, keepdim=True)
+    rows = [i for i, value in enumerate(truncates) if value]
+    if rows:
+        index = torch.tensor(rows, device=probs.device)
+        least = _least_by_rank(probs.index_select(0, index), [top_k[i] for i in rows], [top_p[i] for i in rows])
+        cutoff.index_copy_(0, index, torch.maximum(cutoff.index_select(0, index), least))
+    return cutoff
+
+
+def _least_by_rank(probs: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> torch.Tensor:
+    """Return the probability of the last token that `top_k` and `top_p` both keep, `[R, 1]`."""
+    least, found = _least_among(probs.topk(min(_HEAD, probs.shape[1]), dim=-1).values, top_k, top_p, probs.shape[1])
+    rest = [i for i, is_found in enumerate(found.tolist()) if not is_found]
+    if rest:
+        index = torch.tensor(rest, device=probs.device)
+        ranked = probs.index_select(0, index).sort(dim=-1, descending=True).values
+        of_rest = _least_among(ranked, [top_k[i] for i in rest], [top_p[i] for i in rest], probs.shape[1])[0]
+        least.index_copy_(0, index, of_rest)
+    return least
+
+
+def _least_among(
+    ranked: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_least_by_rank`, looking only at the most likely tokens `ranked[R, K]`; and whether that was enough."""
+    last_by_k = torch.tensor([min(k or vocab_size, vocab_size) - 1 for k in top_k], device=ranked.device)
+    mass = _column([p if p < 1 else math.inf for p in top_p], ranked.device, torch.float64)
+    last_by_p = (ranked.cumsum(dim=-1, dtype=torch.float64) <= mass).sum(dim=-1)
+    last = torch.minimum(last_by_k, last_by_p)
+    return ranked.gather(1, last.clamp(max=ranked.shape[1] - 1)[:, None]), last < ranked.shape[1]
+
+
+def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]

@@ -6,7 +6,7 @@ Nothing is checked on the other side of the border, so everything is checked her
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -98,6 +98,23 @@ class Rwkv7Layer(Structure):
     ]
 
 
+class Sampling(Structure):
+    """Rows of logits, and for each how to draw."""
+
+    _fields_ = [
+        ("num_rows", c_int64),
+        ("vocab_size", c_int64),
+        ("stride", c_int64),
+        ("logits", c_void_p),
+        ("temperature", POINTER(c_float)),
+        ("top_k", POINTER(c_int64)),
+        ("top_p", POINTER(c_double)),
+        ("min_p", POINTER(c_float)),
+        ("uniform", POINTER(c_double)),
+        ("token_ids", c_void_p),
+    ]
+
+
 _SIGNATURES = {
     "sostenuto_team_create": (c_void_p, [c_int32]),
     "sostenuto_team_destroy": (None, [c_void_p]),
@@ -127,6 +144,7 @@ _SIGNATURES = {
         [c_void_p, POINTER(Batch), POINTER(Wkv7Parameters), POINTER(Wkv7Rows), POINTER(States)],
     ),
     "sostenuto_relu_squared": (None, [c_void_p, c_int64, c_int64, POINTER(Rows), POINTER(Rows)]),
+    "sostenuto_sample": (None, [c_void_p, POINTER(Sampling)]),
     "sostenuto_rwkv7": (
         None,
         [

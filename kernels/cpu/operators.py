@@ -6,7 +6,8 @@ by either can live side by side.
 
 from __future__ import annotations
 
-from ctypes import byref
+from collections.abc import Sequence
+from ctypes import byref, c_double, c_float, c_int64
 
 import torch
 
@@ -160,6 +161,35 @@ class Operators:
             byref(library.states(state)),
         )
         return y
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> torch.Tensor:
+        """See `kernels.sample`."""
+        if not self.enabled or logits.dtype != torch.float32:
+            return eager.sample(logits, temperature, top_k, top_p, min_p, uniform)
+        logits = _with_rows(logits)
+        num_rows = len(logits)
+        token_ids = torch.empty(num_rows, dtype=torch.int64)
+        sampling = library.Sampling(
+            *logits.shape,
+            logits.stride(0),
+            logits.data_ptr(),
+            (c_float * num_rows)(*temperature),
+            (c_int64 * num_rows)(*top_k),
+            (c_double * num_rows)(*top_p),
+            (c_float * num_rows)(*min_p),
+            (c_double * num_rows)(*uniform),
+            token_ids.data_ptr(),
+        )
+        self.team.library.sostenuto_sample(self.team.handle, byref(sampling))
+        return token_ids
 
 
 def as_matrix(packed: torch.Tensor, out_features: int, in_features: int) -> Matrix:

@@ -7,6 +7,7 @@
 
 #include "linear.h"
 #include "rwkv7.h"
+#include "sampling.h"
 #include "shift_mix.h"
 #include "team.h"
 #include "wkv7.h"
@@ -139,6 +140,11 @@ void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t widt
                             const sostenuto_rows* y) {
     Guard guard(team->lock);
     team->run([&](Member& me) { convert(me, num_rows, width, *x, *y, SOSTENUTO_RELU_SQUARED); });
+}
+
+void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { sample(me, *sampling); });
 }
 
 void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rwkv7_layer* layers,

@@ -82,6 +82,18 @@ typedef struct {
     sostenuto_matrix ffn_key, ffn_value;
 } sostenuto_rwkv7_layer;
 
+/* Rows of logits [num_rows, vocab_size], rows `stride` apart, and for each row how to draw; token_ids is written. */
+typedef struct {
+    int64_t num_rows, vocab_size, stride;
+    const float* logits;
+    const float* temperature; /* 0: the most likely token, the lowest id among equals */
+    const int64_t* top_k;     /* 0: all */
+    const double* top_p;
+    const float* min_p;
+    const double* uniform; /* in [0, 1) */
+    int64_t* token_ids;
+} sostenuto_sampling;
+
 typedef struct sostenuto_team sostenuto_team;
 
 /* Start `size` threads' worth of team: the caller's and size - 1 of its own. NULL: out of memory or threads. */
@@ -112,6 +124,9 @@ void sostenuto_wkv7(sostenuto_team* team, const sostenuto_batch* batch, const so
                     const sostenuto_wkv7_rows* rows, const sostenuto_states* state);
 void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t width, const sostenuto_rows* x,
                             const sostenuto_rows* y);
+/* Draw a token for every row: truncation at temperature 1, then temperature, then the inverse of the cumulative
+ * distribution in the order of token ids. */
+void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling);
 /* All layers: x[T, C] float32, the residual stream, and both kinds of states are advanced in place. */
 void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rwkv7_layer* layers,
                      int64_t num_layers, int64_t width, float* x, const sostenuto_states* wkv,

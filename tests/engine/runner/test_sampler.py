@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from engine.messages import SamplingParams
 from engine.runner.sampler import restrict, sample, uniform
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 GOLDEN = [0.36818951565166813, 0.9140224628702995, 0.39221646242353003]
 NONE_FORBIDDEN = torch.tensor([], dtype=torch.int64)
 
