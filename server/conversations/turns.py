@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Protocol
 
 from engine.client import AsyncEngine
-
 from engine.errors import CheckpointError, EngineError, StateUnavailable
 from engine.messages import (
     CheckpointRef,
