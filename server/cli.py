@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 import types
 import typing
@@ -18,6 +19,15 @@ USAGE_ERROR = 2
 START_ERROR = 1
 INTERRUPTED = 130
 
+# Commands that are programs of their own: which module runs, and with which words before the given ones.
+PROGRAMS = {
+    "train": ("training", ["train"], "train a model, or go on from the newest checkpoint"),
+    "tokenize": ("training", ["tokenize"], "make the vocabulary and the token tables of a training run"),
+    "eval": ("training", ["eval"], "measure a model: LAMBADA, bits per byte, multiple choice, recall"),
+    "export": ("training", ["export"], "write a training run's weights as a model to serve"),
+    "loadtest": ("loadtest", [], "hold many conversations with a server and report how long it took"),
+}
+
 NO_DEFAULT_MODEL = f"""\
 sostenuto: no MODEL given, and the bundled default model is not there yet ({DEFAULT_MODEL}).
 Name one: sostenuto serve path/to/model.pth"""
@@ -30,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in PROGRAMS:
+        return _run_program(*arguments)
     given = vars(_parser().parse_args(arguments))
     del given["command"]
     config, check_config = given.pop("config", None), given.pop("check_config", False)
@@ -44,6 +57,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         missing = NO_DEFAULT_MODEL if settings.model is None else f"sostenuto: no such model: {settings.model}"
         return _fail(missing, USAGE_ERROR)
     return _serve(settings)
+
+
+def _run_program(command: str, *arguments: str) -> int:
+    """Run a command that lives outside this package, in this process, as `python -m` would."""
+    module, words, _ = PROGRAMS[command]
+    sys.argv = [f"sostenuto {command}", *words, *arguments]
+    runpy.run_module(module, run_name="__main__")
+    return 0
 
 
 def _serve(settings: Settings) -> int:
@@ -86,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--check-config", action="store_true", help="print the effective configuration and exit")
     for name, field in Settings.model_fields.items():
         _add_flag(serve, name, field.annotation, str(field.description), field.get_default())
+    for name, (_, _, description) in PROGRAMS.items():
+        commands.add_parser(name, help=description)
     return parser
 
 

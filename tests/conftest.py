@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# The tests' tensors are small: threads that wait for each other on a busy machine cost more than they bring.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

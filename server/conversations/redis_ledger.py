@@ -17,13 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    ConnectionError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import ConnectionError, RedisError, ResponseError
 
 from engine.messages import CheckpointRef
 from server.conversations import records
@@ -272,8 +266,6 @@ class RedisLedger:
             async with asyncio.timeout(self._timeout_seconds):
                 try:
                     return await operation(*arguments)
-                except (AuthenticationError, BusyLoadingError):
-                    raise
                 except ConnectionError:
                     return await operation(*arguments)
         except (RedisError, OSError) as error:

@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Protocol
 
 from engine.client import AsyncEngine
-
 from engine.errors import CheckpointError, EngineError, StateUnavailable
 from engine.messages import (
     CheckpointRef,
@@ -367,7 +366,11 @@ class OpenTurn:
         )
 
     async def _commit(self, turn: Turn) -> None:
-        await self._turns.ledger.commit(self._keeper.lease, turn)
+        try:
+            await self._turns.ledger.commit(self._keeper.lease, turn)
+        except LedgerUnavailable:
+            # Perhaps only the reply was lost: the same turn again is recognised, or applied now, or refused.
+            await self._turns.ledger.commit(self._keeper.lease, turn)
         self.committed = True  # and the lease has ended with it
         self._turns.lease_ended(self.conversation.conversation_id)
         self._turns.save_behind(self.conversation.conversation_id, turn.version, turn.chain, turn.num_tokens)

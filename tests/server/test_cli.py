@@ -81,3 +81,12 @@ def test_help_needs_no_engine() -> None:
     source = Path(cli.__file__).read_text()
     assert "\nfrom server.process" not in source
     assert "\nfrom engine" not in source
+
+
+@pytest.mark.parametrize("command", ["train", "tokenize", "eval", "export", "loadtest"])
+def test_programs_of_their_own_are_reached(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands that live outside the server are started under its name, with what follows theirs."""
+    with pytest.raises(SystemExit) as ended:
+        run([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: {command}" in capsys.readouterr().out.replace("python -m training ", "")

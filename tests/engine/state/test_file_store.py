@@ -54,13 +54,18 @@ def test_a_file_appears_when_it_is_synced(files: FileUnderTest, monkeypatch: pyt
 
 def test_a_failed_write_leaves_nothing(files: FileUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the disk is full in the middle of a blob, the store is unavailable and the half-written file is gone."""
+    fsync, half_written = os.fsync, []
 
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail_for_blobs(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+            half_written.extend(files.names())
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail_for_blobs)
     with pytest.raises(StoreUnavailable, match="No space left"):
         files.store.put(new_id(), b"state", HOUR)
+    assert len(half_written) == 1
     assert files.names() == set()
 
 

@@ -14,7 +14,9 @@ import pytest
 from redis.asyncio import Redis
 
 from server.conversations.ledger import (
+    Conversation,
     ConversationBusy,
+    ConversationExpired,
     ConversationNotFound,
     Durability,
     LeaseLost,
@@ -326,6 +328,28 @@ async def test_a_log_that_lost_turns_takes_no_more(redis_ledger: RedisUnderTest)
     with pytest.raises(LedgerCorrupt):
         await ledger.commit(lease, next_turn(head))
     assert await redis_ledger.raw.exists(TURNS) == 0
+
+
+class DeletedMeanwhile(RedisLedger):
+    """A ledger that loses a race: another server deletes the conversation between its two steps of reading."""
+
+    async def get(self, conversation_id: str) -> Conversation:
+        """Read the head, then let it be deleted."""
+        head = await super().get(conversation_id)
+        await self.delete(conversation_id)
+        return head
+
+
+async def test_a_conversation_deleted_while_it_is_read_is_no_damage(
+    redis_ledger: RedisUnderTest, lasting_redis: RedisServer
+) -> None:
+    """Turns that go away after the head was read mean that the conversation is gone, not that it is corrupt."""
+    await redis_ledger.ledger.create(new_conversation(ID))
+    await append(redis_ledger.ledger, ID)
+    ledger = DeletedMeanwhile(lasting_redis.url)
+    with pytest.raises(ConversationExpired):
+        await ledger.turns(ID)
+    await ledger.close()
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------

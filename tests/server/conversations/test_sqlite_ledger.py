@@ -88,6 +88,17 @@ async def test_files_are_private(path: Path) -> None:
     assert modes == {"ledger.sqlite": 0o600, "ledger.sqlite-wal": 0o600, "ledger.sqlite-shm": 0o600}
 
 
+def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
+    """A ledger's file that was copied or restored with wider rights gets its own back."""
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(0o644)
+    ledger = SqliteLedger(path)
+    asyncio.run(ledger.open())
+    asyncio.run(ledger.close())
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 async def test_commits_are_synced_and_said_to_be(path: Path) -> None:
     """The durability of a file is `fsynced`, of memory `memory`; the file is in WAL mode with full synchronisation."""
     async with opened(path) as ledger:
