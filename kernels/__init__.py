@@ -22,6 +22,8 @@ import torch
 
 from kernels import cpu, eager
 
+PYTORCH = "PyTorch"  # the backend that is always there
+
 Activation = Literal["none", "tanh", "sigmoid"]
 
 _library = torch.library.Library("sostenuto", "DEF")  # type: ignore[no-untyped-call]
@@ -49,15 +51,16 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.sostenuto
 
 
-def select_backend(device: torch.device) -> str:
+def select_backend(device: torch.device, num_threads: int | None = None) -> str:
     """Register the fastest implementations that this machine has for `device`, and return their name.
 
-    Called before weights are packed, by whoever owns the device: importing this package builds nothing. On a CPU the
-    operators run on as many threads as PyTorch has been given.
+    Called before weights are packed, by whoever owns the device: importing this package builds nothing. Compiled CPU
+    operators have `num_threads` of their own, or as many as PyTorch started with; PyTorch's are then best left idle,
+    for two teams on the same cores wait for each other.
     """
     if device.type == "cpu":
-        return cpu.register() or "pytorch"
-    return "pytorch"
+        return cpu.register(num_threads) or PYTORCH
+    return PYTORCH
 
 
 class Linear:

@@ -41,10 +41,12 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     `forbidden_ids` is asked for the ids without bytes once the model, and with it the vocabulary's size, is known.
     Raises `ModelFileError`.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
-    kernels.select_backend(device)
+    backend = kernels.select_backend(device, config.num_threads or None)
+    if device.type == "cpu" and backend != kernels.PYTORCH:
+        torch.set_num_threads(1)  # the operators bring their own threads, and what is left to PyTorch is small
+    elif config.num_threads:
+        torch.set_num_threads(config.num_threads)
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
     return TorchModelRunner(model, 2 * config.max_num_seqs + 1, forbidden_ids(model))
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _NAMES = ("pack_linear", "linear", "low_rank", "relu_squared", "shift_mix", "wkv7", "sample")
 
+_DEFAULT_THREADS = torch.get_num_threads()  # physical cores, unless the process was told otherwise
+
 
 def is_available() -> bool:
     """Say whether the operators can run here; builds the library if need be."""
@@ -36,14 +38,14 @@ def is_available() -> bool:
 def register(num_threads: int | None = None, cache_directory: Path | None = None) -> str | None:
     """Make these operators the CPU's, and return the name of their instruction set; None where they cannot be built.
 
-    `num_threads` None is PyTorch's own number. Called again with another number, later calls run on so many threads;
-    what was packed stays good. What went wrong with a build is logged, once.
+    `num_threads` None is as many as PyTorch started with. Called again with another number, later calls run on so many
+    threads; what was packed stays good. What went wrong with a build is logged, once.
     """
     path = _library_path(cache_directory)
     if path is None:
         return None
     operators = _operators(path)
-    num_threads = num_threads or torch.get_num_threads()
+    num_threads = num_threads or _DEFAULT_THREADS
     if operators.team.num_threads != num_threads:
         operators.team = Team(operators.team.library, num_threads)
     return operators.team.target
@@ -86,7 +88,7 @@ def _library_path(cache_directory: Path | None) -> Path | None:
 
 @cache
 def _operators(path: Path) -> Operators:
-    operators = Operators(Team(load(path), torch.get_num_threads()))
+    operators = Operators(Team(load(path), 1))
     binding = torch.library.Library("sostenuto", "IMPL")  # type: ignore[no-untyped-call]
     for name in _NAMES:
         binding.impl(name, getattr(operators, name), "CPU")  # type: ignore[no-untyped-call]

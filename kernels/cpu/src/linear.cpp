@@ -10,7 +10,7 @@ namespace {
 constexpr int kPanel = 64;               // outputs of a panel
 constexpr int kVectors = kPanel / W;     // vectors of a panel's step
 constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all rows before the next: stays in L2
-constexpr int64_t kRowsPerTask = 96;     // their sums, 24 KB, stay in L1
+constexpr int64_t kRowsPerTask = 48;     // their sums, 12 KB, stay in L1
 
 // Rows x vectors of sums that fit the target's registers, with room for the weights and an activation.
 #if defined(SOSTENUTO_AVX512)

@@ -9,8 +9,12 @@ namespace sostenuto {
 
 namespace {
 
-constexpr int kSpinsBeforeYield = 4000;  // about 0.1 ms: longer than any wait of a team that has its cores for itself
-constexpr auto kIdleBeforeSleep = std::chrono::microseconds(200);  // between calls: sampling, then the next step
+using Clock = std::chrono::steady_clock;
+
+// How long a thread spins before it sleeps. Within a call: longer than most waits of a team that has its cores to
+// itself; one that waits longer has a neighbour on its core, and an idle core is what brings a displaced member back.
+constexpr auto kPatience = std::chrono::microseconds(60);
+constexpr auto kPatienceBetweenCalls = std::chrono::microseconds(200);  // sampling, then the next step
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -18,6 +22,19 @@ inline void pause() {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
+}
+
+// Spin until `done`, for so long at most; says whether it came true.
+template <typename Condition>
+bool spin(Clock::duration patience, const Condition& done) {
+    const auto tired = Clock::now() + patience;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (done()) return true;
+            pause();
+        }
+    } while (Clock::now() < tired);
+    return false;
 }
 
 }  // namespace
@@ -39,25 +56,15 @@ Team::Team(int size) : size_(size), ranges_(new Range[size]), scratch_(size) {
 }
 
 Team::~Team() {
-    {
-        std::lock_guard<std::mutex> guard(sleep_lock_);
-        stopping_ = true;
-    }
-    wake_.notify_all();
+    stopping_.store(true);
+    wake_sleepers();
     for (std::thread& worker : workers_) worker.join();
 }
 
 void Team::run(const std::function<void(Member&)>& body) {
     body_ = &body;
-    if (size_ > 1) {
-        bool anyone_sleeps;
-        {
-            std::lock_guard<std::mutex> guard(sleep_lock_);
-            call_.fetch_add(1, std::memory_order_release);
-            anyone_sleeps = sleeping_ > 0;
-        }
-        if (anyone_sleeps) wake_.notify_all();
-    }
+    call_.fetch_add(1);
+    wake_sleepers();
     Member caller(*this, 0);
     body(caller);
     if (size_ > 1) meet();  // nobody may still be inside when the caller's frame goes
@@ -73,35 +80,37 @@ void Team::work(int index) {
 
 // Wait until call number `call` begins; false when the team is being dissolved.
 bool Team::wait_for_call(uint64_t call) {
-    const auto tired = std::chrono::steady_clock::now() + kIdleBeforeSleep;
-    do {
-        for (int spin = 0; spin < 64; ++spin) {
-            if (call_.load(std::memory_order_acquire) >= call) return true;
-            pause();
-        }
-    } while (std::chrono::steady_clock::now() < tired);
-    std::unique_lock<std::mutex> guard(sleep_lock_);
-    ++sleeping_;
-    wake_.wait(guard, [&] { return stopping_ || call_.load(std::memory_order_acquire) >= call; });
-    --sleeping_;
-    return call_.load(std::memory_order_acquire) >= call;
+    wait(kPatienceBetweenCalls, [&] { return stopping_.load() || call_.load() >= call; });
+    return call_.load() >= call;
 }
 
-// A barrier. Its waits are short by construction, so it spins, and yields only when a member has lost its core.
+// A barrier.
 void Team::meet() {
     const uint64_t meeting = meeting_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    if (arrived_.fetch_add(1) == size_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
-        meeting_.store(meeting + 1, std::memory_order_release);
-        return;
+        meeting_.store(meeting + 1);
+        wake_sleepers();
+    } else {
+        wait(kPatience, [&] { return meeting_.load() != meeting; });
     }
-    for (int spin = 0; meeting_.load(std::memory_order_acquire) == meeting; ++spin) {
-        if (spin < kSpinsBeforeYield) {
-            pause();
-        } else {
-            std::this_thread::yield();
-        }
-    }
+}
+
+// Whoever makes a condition true stores it first and looks for sleepers then; whoever goes to sleep counts itself first
+// and looks at the condition then. Both in one total order, so at least one sees the other.
+template <typename Condition>
+void Team::wait(Clock::duration patience, const Condition& done) {
+    if (spin(patience, done)) return;
+    std::unique_lock<std::mutex> guard(sleep_lock_);
+    sleepers_.fetch_add(1);
+    wake_.wait(guard, done);
+    sleepers_.fetch_sub(1);
+}
+
+void Team::wake_sleepers() {
+    if (sleepers_.load() == 0) return;
+    { std::lock_guard<std::mutex> guard(sleep_lock_); }
+    wake_.notify_all();
 }
 
 void* Team::arena(size_t bytes) { return arena_.reserve(bytes); }

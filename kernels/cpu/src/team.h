@@ -7,6 +7,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -78,6 +79,9 @@ class Team {
     void work(int index);
     bool wait_for_call(uint64_t call);
     void meet();
+    template <typename Condition>
+    void wait(std::chrono::steady_clock::duration patience, const Condition& done);
+    void wake_sleepers();
 
     const int size_;
     std::vector<std::thread> workers_;
@@ -91,8 +95,8 @@ class Team {
     const std::function<void(Member&)>* body_ = nullptr;
     std::mutex sleep_lock_;
     std::condition_variable wake_;
-    int sleeping_ = 0;
-    bool stopping_ = false;
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> stopping_{false};
 };
 
 template <typename Task>
