@@ -97,7 +97,7 @@ def test_an_idle_server_ends_at_once_with_status_0(start: Start) -> None:
 def test_a_running_turn_finishes_and_newcomers_are_turned_away(start: Start) -> None:
     """The stream ends as any other; meanwhile health is 503 and requests get 503 with Retry-After."""
     server = start()
-    stream = Stream(server, body(300, ignore_eos=True))
+    stream = Stream(server, body(6000, ignore_eos=True))
     terminate(server)
     refused = httpx.post(f"{server.url}/v1/completions", json=body(1), timeout=30)
     assert refused.status_code == 503

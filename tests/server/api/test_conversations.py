@@ -86,7 +86,7 @@ def test_unknown_is_404_and_deleted_is_410(http: httpx.Client) -> None:
 def test_of_two_turns_at_once_one_is_told_to_wait(http: httpx.Client) -> None:
     """409 with Retry-After; the one that runs is not disturbed."""
     http.post("/v1/conversations", json={"id": "contested"})
-    body = {"prompt": "x", "max_tokens": 200, "conversation": "contested", "ignore_eos": True, "stream": True}
+    body = {"prompt": "x", "max_tokens": 6000, "conversation": "contested", "ignore_eos": True, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as running:
         lines = running.iter_lines()
         next(lines)
