@@ -54,21 +54,10 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         ServerProcess(tiny_model, directory / "data", "--num-threads", "1") as server,
         PrometheusServer(directory, f"127.0.0.1:{server.port}") as prometheus,
     ):
-        prometheus.wait_for_scrapes(2)
-        talk = [
-            "--users",
-            "3",
-            "--turns",
-            "18",
-            "--conversation-turns",
-            "3",
-            "--prompt-words",
-            "1-3",
-            "--max-tokens",
-            "8",
-        ]
-        assert loadtest(["--url", server.url, "--quiet", *talk]) == 0
-        prometheus.wait_for_scrapes(5)
+        talk = ["--users", "3", "--turns", "9", "--conversation-turns", "3", "--prompt-words", "1-3"]
+        for number_of_scrapes in (3, 6, 9):  # a rate needs a series that has grown between two scrapes
+            assert loadtest(["--url", server.url, "--quiet", *talk, "--max-tokens", "8"]) == 0
+            prometheus.wait_for_scrapes(number_of_scrapes)
         yield prometheus
 
 

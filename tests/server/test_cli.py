@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from server import cli
 from server.cli import run
+from tests.conftest import ROOT
 
 
 def test_check_config_prints_the_effective_configuration(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,10 +86,10 @@ def test_help_needs_no_engine() -> None:
     assert "\nfrom engine" not in source
 
 
-@pytest.mark.parametrize("command", ["train", "tokenize", "eval", "export", "loadtest"])
-def test_programs_of_their_own_are_reached(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["eval", "loadtest"])
+def test_programs_of_their_own_are_reached(command: str) -> None:
     """Commands that live outside the server are started under its name, with what follows theirs."""
-    with pytest.raises(SystemExit) as ended:
-        run([command, "--help"])
-    assert ended.value.code == 0
-    assert f"usage: {command}" in capsys.readouterr().out.replace("python -m training ", "")
+    asked = [sys.executable, "-m", "server", command, "--help"]
+    told = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, check=True, timeout=100).stdout
+    assert told.startswith("usage:")
+    assert command in told.splitlines()[0]
