@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512  # tokens consumed by one step, decodes included
     max_num_queued_reqs: int = 1024  # sequences that may wait for a slot
     max_logprobs: int = 20
-    num_threads: int = 0  # 0: PyTorch's choice
+    num_threads: int = 0  # 0: one a core, or just one for a small model
     state_url: str = "memory:"  # memory: | file:///DIR | redis://HOST:PORT/DB
     checkpoint_ttl_seconds: float = 86_400.0  # promise P14: losing a checkpoint costs time, never data
     hot_state_bytes: int = 1 << 30  # host memory for states between turns

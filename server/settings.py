@@ -52,7 +52,9 @@ class Settings(BaseSettings):
     head_norm_eps: PositiveFloat | None = Field(
         None, description="epsilon of the heads' group norm; default: 1e-5 x head size"
     )
-    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: PyTorch's choice")
+    num_threads: int = Field(
+        0, ge=0, description="CPU threads of the engine; 0: one a core, or just one for a small model"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one")

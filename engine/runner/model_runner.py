@@ -21,9 +21,14 @@ from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.runner.sampler import restrict, sample
 from engine.state.pool import StatePool
 from engine.state.spec import RecurrentState
+from engine.weights.open import find_weights_file
 
 # Prompt log-probabilities are reduced in tiles of rows whose logits take about so much: never T x V.
 LOGITS_TILE_BYTES = 16 << 20
+
+# A step of a smaller model takes less than two milliseconds: threads would meet more often than they work, and on a
+# machine whose other cores serve the API, wait for each other (measured: twice the step time for 7 M parameters).
+SMALL_FILE_BYTES = 32 << 20
 
 _BROKEN = "the row became NaN or infinite"
 
@@ -35,6 +40,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_num_threads(config: EngineConfig) -> int | None:
+    """Return how many threads the operators get; None is one a core."""
+    if config.num_threads:
+        return config.num_threads
+    return 1 if find_weights_file(config.model_path).stat().st_size < SMALL_FILE_BYTES else None
+
+
 def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[int]]) -> TorchModelRunner:
     """Return a runner for the model of `config`: two slots for each sequence, one being for snapshots, and one more.
 
@@ -42,7 +54,7 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     Raises `ModelFileError`.
     """
     device = choose_device(config.device)
-    backend = kernels.select_backend(device, config.num_threads or None)
+    backend = kernels.select_backend(device, choose_num_threads(config))
     if device.type == "cpu" and backend != kernels.PYTORCH:
         torch.set_num_threads(1)  # the operators bring their own threads, and what is left to PyTorch is small
     elif config.num_threads:

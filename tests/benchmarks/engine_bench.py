@@ -168,18 +168,21 @@ class EngineBench:
 
     async def time_to_first_token(self, engine: AsyncEngine) -> dict[str, dict[str, float]]:
         """Time to the first token of a 16-token turn after a history: its state restored, or its tokens prefilled."""
-        restored, cold = {}, {}
-        for count in tqdm(self.settings.history_tokens, desc="time to first token"):
-            history = self.tokens(count)
-            state = await self.stored(engine, history)
-            times = []
-            for _ in range(max(3, self.settings.rounds)):
-                turn = self.tokens(16)
-                engine.forget_state(state.chain)
-                times.append((await self.generate(engine, state, turn, max_tokens=1))[0][0])
-            restored[str(count)] = round(statistics.median(times), 5)
-            cold[str(count)] = round((await self.generate(engine, ZERO, history + turn, max_tokens=1))[0][0], 5)
-        return {"restored": restored, "cold": cold}
+        counts = self.settings.history_tokens
+        histories = {count: self.tokens(count) for count in counts}
+        states = {count: await self.stored(engine, history) for count, history in histories.items()}
+        restored: dict[int, list[float]] = {count: [] for count in counts}
+        for count, _ in tqdm(self.interleaved(counts, rounds=3 * self.settings.rounds), desc="restored"):
+            engine.forget_state(states[count].chain)
+            arrivals, _ = await self.generate(engine, states[count], self.tokens(16), max_tokens=1)
+            restored[count].append(arrivals[0])
+        cold = {}
+        for count, history in tqdm(histories.items(), desc="cold"):
+            cold[str(count)] = (await self.generate(engine, ZERO, history + self.tokens(16), max_tokens=1))[0][0]
+        return {
+            "restored": {str(count): round(statistics.median(times), 5) for count, times in restored.items()},
+            "cold": {count: round(seconds, 5) for count, seconds in cold.items()},
+        }
 
     async def stored(self, engine: AsyncEngine, history: list[int]) -> KnownState:
         """Prefill a history and write its state to the state store."""

@@ -54,6 +54,7 @@ def test_an_old_file_without_zip_is_read_too(tmp_path: Path) -> None:
         ("absent.pth", None, "no such file"),
         ("model.gguf", b"GGUF", r"must end in \.safetensors or \.pth"),
         ("model.pth", b"not a model", "cannot be read as .pth"),
+        ("model.pth", b"junk\n", "cannot be read as .pth"),  # to its reader: fetch what was never stored
         ("model.pth", b"", "cannot be read as .pth"),
         ("model.safetensors", b"\xff" * 64, "cannot be read as .safetensors"),
     ],
