@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 from engine.client import AsyncEngine
@@ -39,6 +38,7 @@ from engine.messages import (
     StopRules,
 )
 from engine.token_chain import extend_digest, root_digest
+from server.conversations.lease_keeper import LeaseKeeper
 from server.conversations.ledger import (
     Conversation,
     ConversationBusy,
@@ -448,48 +448,6 @@ class OpenTurn:
     async def _verify(self, digest: bytes, replay_ids: list[int]) -> None:
         if await _extend(digest, replay_ids) != self.conversation.chain:
             raise LogCorrupt(f"the log of conversation {self.conversation.conversation_id!r} does not match its chain")
-
-
-class LeaseKeeper:
-    """Renews a lease while it is used. If it cannot be kept, `check` says so; the ledger refuses the commit anyway."""
-
-    RENEWALS_PER_LEASE = 3
-
-    def __init__(self, ledger: Ledger, lease: Lease) -> None:
-        self.lease = lease
-        self._ledger = ledger
-        self._lost: LeaseLost | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    def check(self) -> None:
-        """Raise `LeaseLost` if the lease is known to be gone."""
-        if self._lost is not None:
-            raise self._lost
-
-    async def _keep(self) -> None:
-        renewed_at = time.monotonic()
-        while self._lost is None:
-            await asyncio.sleep(self.lease.ttl_seconds / self.RENEWALS_PER_LEASE)
-            try:
-                await self._ledger.renew(self.lease)
-                renewed_at = time.monotonic()
-            except LeaseLost as lost:
-                self._lost = lost
-            except LedgerUnavailable:
-                if time.monotonic() - renewed_at >= self.lease.ttl_seconds:
-                    self._lost = LeaseLost("the ledger did not answer for as long as the lease lasts")
-
-    async def __aenter__(self) -> LeaseKeeper:
-        self._task = asyncio.create_task(self._keep())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
 
 
 async def _extend(digest: bytes, token_ids: list[int]) -> bytes:
