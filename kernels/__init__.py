@@ -214,6 +214,7 @@ def sample(
     `top_k` most likely (0: all), in the smallest set of most likely ones whose mass exceeds `top_p`, and at least
     `min_p` times as likely as the first; what stays is reshaped, `p ** (1 / temperature)`, and `uniform`, in [0, 1),
     picks from its cumulative distribution in the order of token ids. Returns `[R]` int64, on the device of `logits`.
+    A row that is no distribution, having a NaN or plus infinity in it, gives -1; minus infinity is an impossible token.
     """
     result: torch.Tensor = _ops.sample.default(logits, temperature, top_k, top_p, min_p, uniform)
     return result

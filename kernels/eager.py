@@ -218,7 +218,7 @@ def sample(
     uniform: Sequence[float],
 ) -> torch.Tensor:
     """See `kernels.sample`."""
-    chosen = logits.argmax(dim=-1)
+    most, chosen = logits.max(dim=-1)  # a NaN counts as the greatest, and the lowest id wins a tie
     rows = [i for i, value in enumerate(temperature) if value > 0]
     if rows:
         index = torch.tensor(rows, device=logits.device)
@@ -231,7 +231,7 @@ def sample(
             [uniform[i] for i in rows],
         )
         chosen.index_copy_(0, index, drawn)
-    return chosen
+    return chosen.masked_fill_(~torch.isfinite(most), -1)
 
 
 def _draw(

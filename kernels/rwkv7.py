@@ -1,4 +1,4 @@
-"""All layers of an RWKV-7 model: one operator after the other, or one call where a backend fuses them.
+"""An RWKV-7 model in operators: one after the other, or as few calls where a backend fuses them.
 
 The only place that says how the operators make a layer. Which weights belong where is the caller's knowledge
 (`engine.models.rwkv7`); the formulas are in `kernels.reference`, the operators' contracts in `kernels`.
@@ -6,10 +6,12 @@ The only place that says how the operators make a layer. Which weights belong wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import nn
 
 import kernels
 from kernels import Linear, LowRank, cpu
@@ -62,34 +64,76 @@ class Layer:
     channel_mixing: ChannelMixing
 
 
-Advance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A whole model, prepared for one device."""
+
+    embedding: torch.Tensor  # [V, C]
+    ln0: Norm
+    layers: Sequence[Layer]
+    ln_out: Norm
+    head: Linear
 
 
-class Layers:
-    """A stack of layers on one device, activations between their operators in `dtype`."""
+class Rwkv7(Protocol):
+    """A model that can be run."""
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
-        self._layers = layers
-        self._dtype = dtype
-        self._fused: Advance | None = cpu.fuse_rwkv7(layers)
-
-    def __call__(
-        self, x: torch.Tensor, wkv: torch.Tensor, shift: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor
-    ) -> None:
-        """Advance the residual stream `x[T, C]` float32 and the slots' states in place.
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume `token_ids[T]`, advance the slots' states in place, return the residual stream of `output_rows[R]`.
 
         `wkv[S, L, H, N(value), N(key)]` and `shift[S, L, 2, C]` (0: before time mixing, 1: before channel mixing) are
-        views of the float32 pool; `slots[B]` and `starts[B + 1]` as for every operator.
+        views of the float32 pool; `slots[B]` and `starts[B + 1]` as for every operator; all indices int64. Returns
+        `[R, C]` float32.
         """
-        if self._fused is not None:
-            self._fused(x, wkv, shift, slots, starts)
-            return
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `[R, V]` float32 for rows `hidden[R, C]` of the residual stream."""
+        ...
+
+
+def runnable(weights: Weights, dtype: torch.dtype) -> Rwkv7:
+    """Return the fastest way to run `weights`; activations between their operators have `dtype`, or better."""
+    return cpu.fuse_rwkv7(weights) or OperatorByOperator(weights, dtype)
+
+
+class OperatorByOperator:
+    """Implements `Rwkv7` on any device."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self._weights = weights
+        self._dtype = dtype
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens, advance states, return hidden rows."""
+        x = _normalise(self._weights.embedding.index_select(0, token_ids).float(), self._weights.ln0)
         v_first: torch.Tensor | None = None
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self._weights.layers):
             out, v = self._mix_time(layer.time_mixing, x, v_first, wkv[:, i], shift[:, i, 0], slots, starts)
             x += out
             x += self._mix_channels(layer.channel_mixing, x, shift[:, i, 1], slots, starts)
             v_first = v if v_first is None else v_first
+        return x.index_select(0, output_rows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits for hidden rows."""
+        return self._weights.head(_normalise(hidden, self._weights.ln_out))
 
     def _mix_time(
         self,
@@ -140,3 +184,7 @@ class Layers:
         starts: torch.Tensor,
     ) -> torch.Tensor:
         return kernels.shift_mix(x, p.norm.weight, p.norm.bias, p.norm.eps, shift, p.mix, slots, starts, self._dtype)
+
+
+def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return nn.functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from engine.models.config import ModelConfig
 from engine.runner.input_batch import InputBatch
 from engine.state.pool import StatePool
 from kernels import Linear, LowRank
-from kernels.rwkv7 import ChannelMixing, Layer, Layers, Norm, TimeMixing
+from kernels import rwkv7 as operators
 
 LN_EPS = 1e-5
 
@@ -33,26 +32,30 @@ class RWKV7:
         self.dtype = dtype
         self.embedding = weights("emb.weight")  # [V, C]
         self.device = self.embedding.device
-        self._ln0 = _norm(weights, "blocks.0.ln0.")
-        self._layers = Layers([_layer(config, weights, index, dtype) for index in range(config.num_layers)], dtype)
-        self._ln_out = _norm(weights, "ln_out.")
-        self._head = Linear(weights("head.weight"))
+        self._rwkv7 = operators.runnable(
+            operators.Weights(
+                embedding=self.embedding,
+                ln0=_norm(weights, "blocks.0.ln0."),
+                layers=[_layer(config, weights, index, dtype) for index in range(config.num_layers)],
+                ln_out=_norm(weights, "ln_out."),
+                head=Linear(weights("head.weight")),
+            ),
+            dtype,
+        )
 
     def forward(self, batch: InputBatch, pool: StatePool) -> torch.Tensor:
         """Consume the batch, advance its slots in `pool`, and return the hidden rows it asks for, `[R, C]` float32."""
-        x = _normalise(self.embedding.index_select(0, batch.token_ids).float(), self._ln0)
-        self._layers(x, pool.wkv, pool.shift, batch.slots, batch.starts)
-        return x.index_select(0, batch.output_rows)
+        return self._rwkv7.forward(batch.token_ids, pool.wkv, pool.shift, batch.slots, batch.starts, batch.output_rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `[R, V]` float32 for hidden rows `[R, C]`."""
-        return self._head(_normalise(hidden, self._ln_out))
+        return self._rwkv7.logits(hidden)
 
 
-def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> Layer:
-    return Layer(
+def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> operators.Layer:
+    return operators.Layer(
         _time_mixing(config, weights, index, dtype),
-        ChannelMixing(
+        operators.ChannelMixing(
             norm=_norm(weights, f"blocks.{index}.ln2."),
             mix=weights(f"blocks.{index}.ffn.x_k")[None],
             key=Linear(weights(f"blocks.{index}.ffn.key.weight")),
@@ -61,11 +64,11 @@ def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype
     )
 
 
-def _time_mixing(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> TimeMixing:
+def _time_mixing(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> operators.TimeMixing:
     def w(name: str) -> torch.Tensor:
         return weights(f"blocks.{index}.att.{name}")
 
-    return TimeMixing(
+    return operators.TimeMixing(
         norm=_norm(weights, f"blocks.{index}.ln1."),
         mix=torch.stack([w(f"x_{name}") for name in "rwkvag"]),
         receptance=Linear(w("receptance.weight")),
@@ -83,9 +86,5 @@ def _time_mixing(config: ModelConfig, weights: Weights, index: int, dtype: torch
     )
 
 
-def _norm(weights: Weights, prefix: str, eps: float = LN_EPS) -> Norm:
-    return Norm(weights(prefix + "weight"), weights(prefix + "bias"), eps)
-
-
-def _normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    return nn.functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+def _norm(weights: Weights, prefix: str, eps: float = LN_EPS) -> operators.Norm:
+    return operators.Norm(weights(prefix + "weight"), weights(prefix + "bias"), eps)

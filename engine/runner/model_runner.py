@@ -5,7 +5,7 @@ Knows a model, a pool and a sampler; not why a chunk is asked for. Everything he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -129,41 +129,49 @@ class TorchModelRunner:
             self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
         last, of_targets = hidden[: len(chunks)], hidden[len(chunks) :]
         prompt_logprobs = self._prompt_logprobs(of_targets, chunks)
-        # A state that is not finite makes its row so: whatever went wrong in a chunk shows in its last row.
-        is_finite = torch.isfinite(last).all(dim=-1).tolist()
-        sampled = self._sample(last, chunks, is_finite)
+        sampled = self._sample(last, chunks)
+        is_sound = self._is_sound(last, chunks, sampled)
         outputs = []
         for i in range(len(chunks)):
             token_id, logprobs = sampled.get(i, (None, None))
             outputs.append(
-                ChunkOutput(token_id, logprobs, prompt_logprobs[i]) if is_finite[i] else ChunkOutput(failed=_BROKEN)
+                ChunkOutput(token_id, logprobs, prompt_logprobs[i]) if is_sound[i] else ChunkOutput(failed=_BROKEN)
             )
         return outputs
 
-    def _sample(
-        self, last: torch.Tensor, chunks: Sequence[Chunk], is_finite: list[bool]
-    ) -> dict[int, tuple[int, TokenLogprobs | None]]:
-        """Return (token id, log-probabilities) of the chunks that asked; clears `is_finite` where logits are not."""
-        asked = [(i, c.slot, c.sampling, c.position) for i, c in enumerate(chunks) if c.sampling and is_finite[i]]
+    def _is_sound(self, last: torch.Tensor, chunks: Sequence[Chunk], sampled: Collection[int]) -> list[bool]:
+        """Say for each chunk whether its row is finite.
+
+        A state that is not finite makes its row so, and the row its logits: whatever went wrong in a chunk shows in its
+        last row, and where one was to be sampled, no token could be.
+        """
+        if all(chunk.sampling for chunk in chunks):
+            return [i in sampled for i in range(len(chunks))]
+        is_finite: list[bool] = torch.isfinite(last).all(dim=-1).tolist()
+        return [
+            finite and (not c.sampling or i in sampled)
+            for i, (c, finite) in enumerate(zip(chunks, is_finite, strict=True))
+        ]
+
+    def _sample(self, last: torch.Tensor, chunks: Sequence[Chunk]) -> dict[int, tuple[int, TokenLogprobs | None]]:
+        """Return (token id, log-probabilities) of the chunks that asked and whose logits are a distribution."""
+        asked = [i for i, chunk in enumerate(chunks) if chunk.sampling]
         if not asked:
             return {}
-        logits = self.model.logits(last[[i for i, *_ in asked]])
-        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
-        if not all(finite):
-            for (i, *_), good in zip(asked, finite, strict=True):
-                is_finite[i] = good
-            keep = [n for n, good in enumerate(finite) if good]
-            asked, logits = [asked[n] for n in keep], logits[keep]
-            if not asked:
-                return {}
-        rows, slots, params, positions = (list(column) for column in zip(*asked, strict=True))
+        logits = self.model.logits(last if len(asked) == len(chunks) else last[asked])
+        slots = [chunks[i].slot for i in asked]
+        params = [sampling for chunk in chunks if (sampling := chunk.sampling)]
         raw = logits.clone() if any(p.num_logprobs is not None for p in params) else logits
         restrict(logits, params, self._forbidden_ids)
         self._penalties.apply(logits, slots, params)
-        token_ids = sample(logits, params, positions)
+        token_ids = sample(logits, params, [chunks[i].position for i in asked])
+        if min(token_ids) < 0:
+            drawn = [n for n, token_id in enumerate(token_ids) if token_id >= 0]
+            asked, slots, token_ids = ([column[n] for n in drawn] for column in (asked, slots, token_ids))
+            params, raw = [params[n] for n in drawn], raw[drawn]
         self._penalties.generate(slots, token_ids, params)
         reported = self._sampled_logprobs(raw, token_ids, params)
-        return dict(zip(rows, zip(token_ids, reported, strict=True), strict=True))
+        return dict(zip(asked, zip(token_ids, reported, strict=True), strict=True))
 
     def _sampled_logprobs(
         self, logits: torch.Tensor, token_ids: list[int], params: Sequence[SamplingParams]

@@ -28,7 +28,10 @@ _MASK = (1 << 64) - 1
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """Return a token id for each row of `logits[R, V]` float32, which have been through steps 1 and 2."""
+    """Return a token id for each row of `logits[R, V]` float32, which have been through steps 1 and 2.
+
+    A row that is no distribution, having a NaN or plus infinity in it, gives -1.
+    """
     ids: list[int] = kernels.sample(
         logits,
         [p.temperature for p in params],

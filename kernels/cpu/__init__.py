@@ -7,7 +7,7 @@ on first use (`build`), binds it (`library`) and hands its operators to PyTorch'
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from kernels.cpu.operators import Operators
 
 if TYPE_CHECKING:
     from kernels.cpu.fused import FusedRwkv7
-    from kernels.rwkv7 import Layer
+    from kernels.rwkv7 import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ def register(num_threads: int | None = None, cache_directory: Path | None = None
     return operators.team.target
 
 
-def fuse_rwkv7(layers: Sequence[Layer]) -> FusedRwkv7 | None:
-    """Return all `layers` as one call; None where they are not these operators' to run."""
+def fuse_rwkv7(weights: Weights) -> FusedRwkv7 | None:
+    """Return the model of these weights as two calls; None where they are not these operators' to run."""
     from kernels.cpu.fused import FusedRwkv7, can_fuse
 
     for operators in _registered:
-        if can_fuse(operators, layers):
-            return FusedRwkv7(operators, layers)
+        if can_fuse(operators, weights):
+            return FusedRwkv7(operators, weights)
     return None
 
 

@@ -8,6 +8,7 @@ kernels.cpu.build` does the same ahead of time, for images.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -15,6 +16,8 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("c++", "g++", "clang++")
@@ -48,7 +51,9 @@ def build(cache: Path | None = None, target: str = "native") -> Path:
     flags = (*FLAGS, f"-mcpu={target}" if _is_arm() else f"-march={target}")
     library = cache / f"kernels-{_key(flags)}.so"
     if not library.exists():
-        _compile(find_compiler(), flags, library)
+        compiler = find_compiler()
+        logger.info("compiling the CPU operators with %s, once; they are kept as %s", compiler, library)
+        _compile(compiler, flags, library)
     return library
 
 

@@ -1,8 +1,7 @@
-"""All layers of an RWKV-7 model as one call of the compiled library."""
+"""An RWKV-7 model as two calls of the compiled library."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from ctypes import byref
 from typing import TYPE_CHECKING
 
@@ -10,53 +9,85 @@ import torch
 
 import kernels
 from kernels.cpu import library
-from kernels.cpu.library import ACTIVATIONS
+from kernels.cpu.library import ACTIVATIONS, FORMATS
 from kernels.cpu.operators import Operators, as_matrix, is_packed_here
 
 if TYPE_CHECKING:
-    from kernels.rwkv7 import Layer, Norm
+    from kernels.rwkv7 import Layer, Norm, Weights
 
 
 class FusedRwkv7:
-    """Advances the residual stream and the states through all layers; the contract is that of `kernels.rwkv7.Layers`.
+    """Implements `kernels.rwkv7.Rwkv7`.
 
     Activations between two operators have the format of the weights that read them, or are float32: products of
     bfloat16 weights round their inputs, nothing else is rounded.
     """
 
-    def __init__(self, operators: Operators, layers: Sequence[Layer]) -> None:
+    def __init__(self, operators: Operators, weights: Weights) -> None:
         self._operators = operators
-        self._parameters = layers  # the structures below point into these
-        self._layers = (library.Rwkv7Layer * len(layers))(*map(_layer, layers))
-        self._width = layers[0].time_mixing.mix.shape[1]
-
-    def __call__(
-        self, x: torch.Tensor, wkv: torch.Tensor, shift: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor
-    ) -> None:
-        """Advance everything in place."""
-        team = self._operators.team
-        team.library.sostenuto_rwkv7(
-            team.handle,
-            byref(library.batch(slots, starts, len(x))),
-            self._layers,
-            len(self._layers),
+        self._weights = weights  # the structures below point into these
+        self._layers = (library.Rwkv7Layer * len(weights.layers))(*map(_layer, weights.layers))
+        self._vocab_size, self._width = weights.embedding.shape
+        self._model = library.Rwkv7Model(
+            len(weights.layers),
             self._width,
-            library.floats(x),
-            byref(library.states(wkv, layers=True)),
-            byref(library.states(shift, layers=True)),
+            self._vocab_size,
+            library.rows(weights.embedding),
+            _norm(weights.ln0),
+            _norm(weights.ln_out),
+            self._layers,
+            _matrix(weights.head),
         )
 
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens, advance states, return hidden rows; raises `IndexError` before anything is changed."""
+        team = self._operators.team
+        hidden = torch.empty(len(output_rows), self._width)
+        failed = team.library.sostenuto_rwkv7_forward(
+            team.handle,
+            byref(self._model),
+            byref(library.batch(slots, starts, len(token_ids))),
+            token_ids.data_ptr(),
+            byref(library.states(wkv, layers=True)),
+            byref(library.states(shift, layers=True)),
+            len(output_rows),
+            output_rows.data_ptr(),
+            hidden.data_ptr(),
+        )
+        if failed:
+            raise IndexError("a token id, slot or output row is out of range")
+        return hidden
 
-def can_fuse(operators: Operators, layers: Sequence[Layer]) -> bool:
-    """Say whether the library can run `layers`: packed by it, formats as it expects them, heads not too large."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits for hidden rows."""
+        team = self._operators.team
+        logits = torch.empty(len(hidden), self._vocab_size)
+        team.library.sostenuto_rwkv7_logits(
+            team.handle, byref(self._model), len(hidden), byref(library.rows(hidden)), logits.data_ptr()
+        )
+        return logits
+
+
+def can_fuse(operators: Operators, weights: Weights) -> bool:
+    """Say whether the library can run a model: packed by it, formats as it expects them, heads not too large."""
 
     def kinds(layer: Layer) -> list[torch.dtype]:
         return [tensor.dtype for tensor in _packed(layer)]
 
-    first, *others = layers
+    first, *others = weights.layers
     return (
         operators.enabled
-        and all(is_packed_here(tensor) for layer in layers for tensor in _packed(layer))
+        and weights.embedding.dtype in FORMATS
+        and is_packed_here(weights.head.packed)
+        and all(is_packed_here(tensor) for layer in weights.layers for tensor in _packed(layer))
         and all(kinds(layer) == kinds(others[0]) for layer in others)
         and all(layer.time_mixing.value_mix is not None for layer in others)
         and first.time_mixing.value_mix is None

@@ -54,7 +54,7 @@ class Norm(Structure):
 class States(Structure):
     """States of one kind in the pool."""
 
-    _fields_ = [("data", c_void_p), ("slot_stride", c_int64), ("layer_stride", c_int64)]
+    _fields_ = [("data", c_void_p), ("num_slots", c_int64), ("slot_stride", c_int64), ("layer_stride", c_int64)]
 
 
 class Wkv7Parameters(Structure):
@@ -95,6 +95,21 @@ class Rwkv7Layer(Structure):
         ("wkv", Wkv7Parameters),
         ("ffn_key", Matrix),
         ("ffn_value", Matrix),
+    ]
+
+
+class Rwkv7Model(Structure):
+    """A whole model."""
+
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("width", c_int64),
+        ("vocab_size", c_int64),
+        ("embedding", Rows),
+        ("ln0", Norm),
+        ("ln_out", Norm),
+        ("layers", POINTER(Rwkv7Layer)),
+        ("head", Matrix),
     ]
 
 
@@ -145,19 +160,21 @@ _SIGNATURES = {
     ),
     "sostenuto_relu_squared": (None, [c_void_p, c_int64, c_int64, POINTER(Rows), POINTER(Rows)]),
     "sostenuto_sample": (None, [c_void_p, POINTER(Sampling)]),
-    "sostenuto_rwkv7": (
-        None,
+    "sostenuto_rwkv7_forward": (
+        c_int32,
         [
             c_void_p,
+            POINTER(Rwkv7Model),
             POINTER(Batch),
-            POINTER(Rwkv7Layer),
-            c_int64,
-            c_int64,
             c_void_p,
             POINTER(States),
             POINTER(States),
+            c_int64,
+            c_void_p,
+            c_void_p,
         ],
     ),
+    "sostenuto_rwkv7_logits": (None, [c_void_p, POINTER(Rwkv7Model), c_int64, POINTER(Rows), c_void_p]),
 }
 
 
@@ -221,4 +238,4 @@ def states(view: torch.Tensor, layers: bool = False) -> States:
     """Return a view `[S, ...]` of the float32 pool, or `[S, L, ...]` with `layers`, contiguous inside a slot."""
     assert view.dtype == torch.float32
     assert view[0].is_contiguous()
-    return States(view.data_ptr(), view.stride(0), view.stride(1) if layers else 0)
+    return States(view.data_ptr(), len(view), view.stride(0), view.stride(1) if layers else 0)

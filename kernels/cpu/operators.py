@@ -39,15 +39,15 @@ class Operators:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
         """See `kernels.Linear`."""
-        if not is_packed_here(weight) or x.dtype not in FORMATS:
+        if not is_packed_here(weight):
             return eager.linear(x, weight, out_features)
-        x = _with_rows(x)
-        y = x.new_empty(len(x), out_features)
+        rows = _readable(x)
+        y = rows.new_empty(len(x), out_features)
         matrix = as_matrix(weight, out_features, x.shape[1])
         self.team.library.sostenuto_linear(
-            self.team.handle, len(x), byref(library.rows(x)), byref(matrix), byref(library.rows(y))
+            self.team.handle, len(x), byref(library.rows(rows)), byref(matrix), byref(library.rows(y))
         )
-        return y
+        return y.to(x.dtype)
 
     def low_rank(
         self,
@@ -62,10 +62,10 @@ class Operators:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """See `kernels.LowRank`."""
-        if not is_packed_here(down) or x.dtype not in FORMATS or dtype not in FORMATS:
+        if not is_packed_here(down):
             return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
-        x = _with_rows(x)
-        y = x.new_empty(len(x), out_features, dtype=dtype)
+        rows = _readable(x)
+        y = rows.new_empty(len(x), out_features, dtype=dtype if dtype in FORMATS else torch.float32)
         weights = library.LowRank(
             as_matrix(down, rank, x.shape[1]),
             as_matrix(up, out_features, rank),
@@ -74,15 +74,15 @@ class Operators:
             ACTIVATIONS[output_activation],
         )
         self.team.library.sostenuto_apply_low_rank(
-            self.team.handle, len(x), byref(library.rows(x)), byref(weights), byref(library.rows(y))
+            self.team.handle, len(x), byref(library.rows(rows)), byref(weights), byref(library.rows(y))
         )
-        return y
+        return y.to(dtype)
 
     def relu_squared(self, x: torch.Tensor) -> torch.Tensor:
         """See `kernels.relu_squared`."""
         if not self.enabled or x.dtype not in FORMATS or x.dim() != 2:
             return eager.relu_squared(x)
-        x = _with_rows(x)
+        x = _readable(x)
         y = torch.empty_like(x)
         self.team.library.sostenuto_relu_squared(
             self.team.handle, *x.shape, byref(library.rows(x)), byref(library.rows(y))
@@ -104,7 +104,7 @@ class Operators:
         """See `kernels.shift_mix`."""
         if not self.enabled or x.dtype not in FORMATS or dtype not in FORMATS:
             return eager.shift_mix(x, ln_weight, ln_bias, eps, shift, mix, slots, starts, dtype)
-        x = _with_rows(x)
+        x = _readable(x)
         out = x.new_empty(len(mix), *x.shape, dtype=dtype)
         self.team.library.sostenuto_shift_mix(
             self.team.handle,
@@ -144,7 +144,7 @@ class Operators:
         known = all(tensor is None or tensor.dtype in FORMATS for tensor in per_token)
         if not self.enabled or not known or r_k.shape[1] > self.team.max_head_size:
             return eager.wkv7(*per_token, k_k, k_a, r_k, ln_weight, ln_bias, eps, state, slots, starts)
-        rows = [None if tensor is None else _with_rows(tensor) for tensor in per_token]
+        rows = [None if tensor is None else _readable(tensor) for tensor in per_token]
         y = gate.new_empty(gate.shape)
         parameters = library.Wkv7Parameters(
             *r_k.shape,
@@ -174,7 +174,7 @@ class Operators:
         """See `kernels.sample`."""
         if not self.enabled or logits.dtype != torch.float32:
             return eager.sample(logits, temperature, top_k, top_p, min_p, uniform)
-        logits = _with_rows(logits)
+        logits = _readable(logits)
         num_rows = len(logits)
         token_ids = torch.empty(num_rows, dtype=torch.int64)
         sampling = library.Sampling(
@@ -202,5 +202,7 @@ def is_packed_here(packed: torch.Tensor) -> bool:
     return packed.dim() == 1
 
 
-def _with_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """Return `x[T, C]` in a dtype that the library reads, with contiguous rows."""
+    known = x if x.dtype in FORMATS else x.float()
+    return known if known.stride(1) == 1 else known.contiguous()

@@ -179,3 +179,13 @@ def test_relu_squared_keeps_its_input() -> None:
     x = torch.tensor([-2.0, 0.0, 3.0])
     assert kernels.relu_squared(x).tolist() == [0.0, 0.0, 9.0]
     assert x.tolist() == [-2.0, 0.0, 3.0]
+
+
+def test_sample_says_which_rows_are_no_distribution() -> None:
+    """NaN and plus infinity give -1, minus infinity is only never drawn."""
+    logits = torch.zeros(4, 33)
+    logits[0, 7], logits[1, 32], logits[2, :32] = torch.nan, torch.inf, -torch.inf
+    for temperature in (0.0, 1.0):
+        ids = kernels.sample(logits, [temperature] * 4, [0, 5, 0, 5], [1.0, 1.0, 0.5, 0.5], [0.0] * 4, [0.2] * 4)
+        assert ids[:3].tolist() == [-1, -1, 32]
+        assert ids[3] >= 0

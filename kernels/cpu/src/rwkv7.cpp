@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layer_norm.h"
 #include "linear.h"
 #include "shift_mix.h"
 #include "wkv7.h"
@@ -27,14 +28,14 @@ void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
 
 // x += output(wkv7(projections of the mixes))
 void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
-    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const sostenuto_rwkv7_layer& layer = call.model.layers[index];
     const Rwkv7Buffers& to = call.buffers;
-    const int64_t num_tokens = call.batch.num_tokens;
+    const int64_t num_tokens = call.batch.num_tokens, width = call.model.width;
     const auto& [m_r, m_w, m_k, m_v, m_a, m_g] = to.mixes;
     const bool mixes_value = index > 0;
     const Rows v = mixes_value ? to.v : to.v_first;
 
-    shift_mix(me, call.batch, call.x, call.width, layer.ln1, call.shift.data + index * call.shift.layer_stride,
+    shift_mix(me, call.batch, to.x, width, layer.ln1, call.shift.data + index * call.shift.layer_stride,
               call.shift.slot_stride, layer.att_mix, 6, to.mixes, to.h);
 
     // Small products first: what is large fills the end evenly.
@@ -62,38 +63,39 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
                                    mixes_value ? to.value_mix : absent, to.y};
     wkv7(me, call.batch, layer.wkv, rows, call.wkv.data + index * call.wkv.layer_stride, call.wkv.slot_stride);
 
-    const Product output{to.y, layer.output, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    const Product output{to.y, layer.output, {to.x, nullptr, SOSTENUTO_NONE, true}};
     multiply(me, &output, 1, num_tokens);
 }
 
 // x += value(relu(key(mix))^2)
 void channel_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
-    const sostenuto_rwkv7_layer& layer = call.layers[index];
+    const sostenuto_rwkv7_layer& layer = call.model.layers[index];
     const Rwkv7Buffers& to = call.buffers;
     const Rows& mixed = to.mixes[0];
-    shift_mix(me, call.batch, call.x, call.width, layer.ln2,
-              call.shift.data + index * call.shift.layer_stride + call.width, call.shift.slot_stride, layer.ffn_mix, 1,
+    const int64_t width = call.model.width;
+    shift_mix(me, call.batch, to.x, width, layer.ln2,
+              call.shift.data + index * call.shift.layer_stride + width, call.shift.slot_stride, layer.ffn_mix, 1,
               &mixed, to.h);
     const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}};
     multiply(me, &key, 1, call.batch.num_tokens);
-    const Product value{to.ffn_hidden, layer.ffn_value, {call.x, nullptr, SOSTENUTO_NONE, true}};
+    const Product value{to.ffn_hidden, layer.ffn_value, {to.x, nullptr, SOSTENUTO_NONE, true}};
     multiply(me, &value, 1, call.batch.num_tokens);
 }
 
 }  // namespace
 
-Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_layer* layers, int64_t num_layers, int64_t width,
-                                   int64_t num_tokens) {
+Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_model& model, int64_t num_tokens) {
     // Formats are those of the matrices that read the rows, and all layers agree on them; low-rank widths may differ.
-    const sostenuto_rwkv7_layer& layer = layers[num_layers - 1];
-    const int64_t A = layer.receptance.out;
+    const sostenuto_rwkv7_layer& layer = model.layers[model.num_layers - 1];
+    const int64_t A = layer.receptance.out, width = model.width;
     const auto floats = [&](int64_t columns) { return arena.rows(num_tokens, columns, SOSTENUTO_FLOAT32); };
     const auto hidden = [&](sostenuto_low_rank sostenuto_rwkv7_layer::*which) {
         int64_t widest = 0;
-        for (int64_t i = 0; i < num_layers; ++i) widest = std::max(widest, (layers[i].*which).up.in);
+        for (int64_t i = 0; i < model.num_layers; ++i) widest = std::max(widest, (model.layers[i].*which).up.in);
         return arena.rows(num_tokens, widest, (layer.*which).up.format);
     };
     Rwkv7Buffers to;
+    to.x = floats(width);
     to.h = floats(width);
     const sostenuto_matrix* readers[] = {&layer.receptance, &layer.decay.down, &layer.key,
                                          &layer.value,      &layer.rate.down,  &layer.gate.down};
@@ -108,12 +110,31 @@ Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_layer* la
     return to;
 }
 
-void rwkv7(Member& me, const Rwkv7Call& call) {
-    clear(me, call.batch.num_tokens, call.buffers);
-    for (int64_t i = 0; i < call.num_layers; ++i) {
+void rwkv7_forward(Member& me, const Rwkv7Call& call) {
+    const sostenuto_rwkv7_model& model = call.model;
+    const Rwkv7Buffers& to = call.buffers;
+    clear(me, call.batch.num_tokens, to);
+    me.share(call.batch.num_tokens, [&](int64_t t) {
+        layer_norm(model.embedding, call.token_ids[t], model.width, model.ln0, to.x, t);
+    });
+    for (int64_t i = 0; i < model.num_layers; ++i) {
         time_mixing(me, call, i);
         channel_mixing(me, call, i);
     }
+    me.share(call.num_outputs, [&](int64_t i) {
+        const float* x = static_cast<const float*>(to.x.data) + call.output_rows[i] * to.x.stride;
+        memcpy(static_cast<float*>(call.hidden.data) + i * call.hidden.stride, x, model.width * sizeof(float));
+    });
+}
+
+void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_rows, const Rows& hidden,
+                  const Rows& normal, const Rows& logits) {
+    me.share(num_rows, [&](int64_t row) {
+        layer_norm(hidden, row, model.width, model.ln_out, normal, row);
+        zero_padding(normal, row, model.width);
+    });
+    const Product product{normal, model.head, {logits}};
+    multiply(me, &product, 1, num_rows);
 }
 
 }  // namespace sostenuto

@@ -1,6 +1,7 @@
 #include "sampling.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include "simd.h"
@@ -21,14 +22,20 @@ struct Scratch {
     double* sums;        // of each block of weights
 };
 
+// NaN if there is one among them.
 float greatest(const float* logits, int64_t count) {
-    vec most = broadcast(logits[0]);
+    vec most = broadcast(logits[0]), doubt{};
     int64_t i = 0;
-    for (; i + W <= count; i += W) most = max(most, load(logits + i));
-    float lanes[W];
-    store(lanes, most);
-    float result = *std::max_element(lanes, lanes + W);
-    for (; i < count; ++i) result = std::max(result, logits[i]);
+    for (; i + W <= count; i += W) {
+        const vec x = load(logits + i);
+        most = max(most, x);
+        doubt = doubt + (x == x ? vec{} : x);  // 0 as long as every x equals itself
+    }
+    float lanes[W], result = logits[0];
+    store(lanes, most + doubt);
+    const auto consider = [&](float x) { result = x > result || x != x ? x : result; };
+    std::for_each(lanes, lanes + W, consider);
+    std::for_each(logits + i, logits + count, consider);
     return result;
 }
 
@@ -152,6 +159,7 @@ int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scra
     const float* logits = s.logits + row * s.stride;
     const int64_t V = s.vocab_size;
     const float most = greatest(logits, V);
+    if (!std::isfinite(most)) return -1;
     const float temperature = s.temperature[row];
     if (temperature == 0) return std::find(logits, logits + V, most) - logits;
 

@@ -1,31 +1,15 @@
 #include "shift_mix.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+
+#include "layer_norm.h"
 
 namespace sostenuto {
 
 namespace {
 
 constexpr int64_t kChannels = 128;  // of a mixing task
-
-void layer_norm(const Rows& x, int64_t row, int64_t width, const sostenuto_norm& norm, const Rows& h) {
-    vec sums{};
-    for (int64_t c = 0; c < width; c += W) sums = sums + get(x, row, c, width - c);
-    const vec mean = broadcast(sum(sums) / static_cast<float>(width));
-    vec squares{};
-    for (int64_t c = 0; c < width; c += W) {
-        const vec d = first_lanes(get(x, row, c, width - c) - mean, width - c);
-        squares = fma(d, d, squares);
-    }
-    const vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + norm.eps));
-    for (int64_t c = 0; c < width; c += W) {
-        const int64_t n = width - c;
-        const vec normal = (get(x, row, c, n) - mean) * scale;
-        put(h, row, c, fma(normal, load_first(norm.weight + c, n), load_first(norm.bias + c, n)), n);
-    }
-}
 
 void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int64_t width, float* shift,
                   int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
@@ -51,7 +35,7 @@ void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int6
 
 void shift_mix(Member& me, const sostenuto_batch& batch, const Rows& x, int64_t width, const sostenuto_norm& norm,
                float* shift, int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
-    me.share(batch.num_tokens, [&](int64_t row) { layer_norm(x, row, width, norm, h); });
+    me.share(batch.num_tokens, [&](int64_t row) { layer_norm(x, row, width, norm, h, row); });
     // Cut by channels, not by tokens: then whoever reads a kept row is also the one who replaces it.
     me.share((width + kChannels - 1) / kChannels, [&](int64_t task) {
         const int64_t begin = task * kChannels;

@@ -37,6 +37,10 @@ void convert(Member& me, int64_t num_rows, int64_t width, const Rows& from, cons
     });
 }
 
+bool in_range(const int64_t* indices, int64_t count, int64_t end) {
+    return std::all_of(indices, indices + count, [&](int64_t i) { return 0 <= i && i < end; });
+}
+
 // A matrix reads rows of its own format, whole steps long; anything else is converted first.
 bool fits(const Rows& rows, const Matrix& weight) {
     return rows.format == weight.format && weight.in % depth(weight.format) == 0 &&
@@ -147,15 +151,34 @@ void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling) 
     team->run([&](Member& me) { sample(me, *sampling); });
 }
 
-void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rwkv7_layer* layers,
-                     int64_t num_layers, int64_t width, float* x, const sostenuto_states* wkv,
-                     const sostenuto_states* shift) {
+int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,
+                             const int64_t* token_ids, const sostenuto_states* wkv, const sostenuto_states* shift,
+                             int64_t num_outputs, const int64_t* output_rows, float* hidden) {
+    if (!in_range(token_ids, batch->num_tokens, model->vocab_size) ||
+        !in_range(output_rows, num_outputs, batch->num_tokens) ||
+        !in_range(batch->slots, batch->num_sequences, wkv->num_slots))
+        return 1;
     Guard guard(team->lock);
-    Rwkv7Call call{layers, num_layers, width, *batch, {x, width, SOSTENUTO_FLOAT32}, *wkv, *shift, {}};
+    const Rows outputs{hidden, model->width, SOSTENUTO_FLOAT32};
+    Rwkv7Call call{*model, *batch, token_ids, *wkv, *shift, num_outputs, output_rows, outputs, {}};
     const auto lay_out = [&](Arena arena) {
-        call.buffers = Rwkv7Buffers::lay_out(arena, layers, num_layers, width, batch->num_tokens);
+        call.buffers = Rwkv7Buffers::lay_out(arena, *model, batch->num_tokens);
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
-    team->run([&](Member& me) { rwkv7(me, call); });
+    team->run([&](Member& me) { rwkv7_forward(me, call); });
+    return 0;
+}
+
+void sostenuto_rwkv7_logits(sostenuto_team* team, const sostenuto_rwkv7_model* model, int64_t num_rows,
+                            const sostenuto_rows* hidden, float* logits) {
+    Guard guard(team->lock);
+    Rows normal;
+    const auto lay_out = [&](Arena arena) {
+        normal = arena.rows(num_rows, model->width, model->head.format);
+        return arena.used();
+    };
+    lay_out(Arena(team->arena(lay_out(Arena()))));
+    const Rows output{logits, model->head.out, SOSTENUTO_FLOAT32};
+    team->run([&](Member& me) { rwkv7_logits(me, *model, num_rows, *hidden, normal, output); });
 }

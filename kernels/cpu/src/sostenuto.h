@@ -1,7 +1,8 @@
 /* The library's interface: plain C, called through ctypes.
  *
  * Everything is shared memory of the caller's; nothing is kept after a call returns, except what a team owns. Sizes and
- * strides count items, not bytes. Arguments are checked by the caller (`kernels/cpu/library.py`), not here. Every
+ * strides count items, not bytes. Arguments are checked by the caller (`kernels/cpu`), not here, but for indices where a
+ * function says so. Every
  * function that computes takes the team whose threads do it; one call at a time runs on a team, others wait.
  *
  * Letters as in kernels/README.md: T packed tokens, B sequences, C width, A = H * N attention width, H heads, N head
@@ -56,7 +57,7 @@ typedef struct {
 /* States of one kind in the pool: float32, contiguous inside a slot. */
 typedef struct {
     float* data;
-    int64_t slot_stride, layer_stride;
+    int64_t num_slots, slot_stride, layer_stride;
 } sostenuto_states;
 
 /* What the WKV-7 operator takes besides r, k, v and so on. */
@@ -81,6 +82,14 @@ typedef struct {
     sostenuto_wkv7_parameters wkv;
     sostenuto_matrix ffn_key, ffn_value;
 } sostenuto_rwkv7_layer;
+
+typedef struct {
+    int64_t num_layers, width, vocab_size;
+    sostenuto_rows embedding; /* [V, C] */
+    sostenuto_norm ln0, ln_out;
+    const sostenuto_rwkv7_layer* layers;
+    sostenuto_matrix head;
+} sostenuto_rwkv7_model;
 
 /* Rows of logits [num_rows, vocab_size], rows `stride` apart, and for each row how to draw; token_ids is written. */
 typedef struct {
@@ -127,10 +136,15 @@ void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t widt
 /* Draw a token for every row: truncation at temperature 1, then temperature, then the inverse of the cumulative
  * distribution in the order of token ids. */
 void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling);
-/* All layers: x[T, C] float32, the residual stream, and both kinds of states are advanced in place. */
-void sostenuto_rwkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_rwkv7_layer* layers,
-                     int64_t num_layers, int64_t width, float* x, const sostenuto_states* wkv,
-                     const sostenuto_states* shift);
+/* Consume the batch's tokens, advance both kinds of states in place, and write the residual stream after the last layer
+ * for the tokens that output_rows[num_outputs] names: hidden[num_outputs, C] float32. Returns 0; or 1, having done
+ * nothing, if an index is out of range. */
+int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,
+                             const int64_t* token_ids, const sostenuto_states* wkv, const sostenuto_states* shift,
+                             int64_t num_outputs, const int64_t* output_rows, float* hidden);
+/* logits[num_rows, V] float32 for hidden rows. */
+void sostenuto_rwkv7_logits(sostenuto_team* team, const sostenuto_rwkv7_model* model, int64_t num_rows,
+                            const sostenuto_rows* hidden, float* logits);
 
 #pragma GCC visibility pop
 

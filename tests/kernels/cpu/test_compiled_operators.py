@@ -252,8 +252,20 @@ def test_shift_mix_does_not_depend_on_batch_cut_or_threads(
     assert torch.equal(alone_shift, together_shift)
 
 
-def test_float16_is_left_to_pytorch(operators: Operators, random: torch.Generator) -> None:
+def test_float16_weights_are_left_to_pytorch(operators: Operators, random: torch.Generator) -> None:
     """A dtype the library does not know is packed and multiplied by the PyTorch operators."""
     weight, x = torch.randn(8, 16, generator=random).half(), torch.randn(3, 16, generator=random).half()
     result = operators.linear(x, operators.pack_linear(weight), 8)
     torch.testing.assert_close(result.float(), x.float() @ weight.float().T, rtol=1e-2, atol=1e-2)
+
+
+def test_float16_rows_meet_weights_of_another_dtype(operators: Operators, random: torch.Generator) -> None:
+    """Decays keep float32 weights in a float16 model: their rows are converted, their results as asked."""
+    weight, x = torch.randn(8, 16, generator=random), torch.randn(3, 16, generator=random).half()
+    packed, back = operators.pack_linear(weight), operators.pack_linear(weight.T.contiguous())
+    product = operators.linear(x, packed, 8)
+    assert product.dtype == torch.float16
+    torch.testing.assert_close(product.float(), x.float() @ weight.T, rtol=1e-2, atol=1e-2)
+    result = operators.low_rank(x, packed, back, 8, None, "none", "none", 16, torch.float16)
+    assert result.dtype == torch.float16
+    torch.testing.assert_close(result.float(), x.float() @ weight.T @ weight, rtol=1e-2, atol=5e-2)

@@ -1,18 +1,29 @@
-"""All layers in one call: the same numbers as one operator after the other."""
+"""A model in two calls: the same numbers as one operator after the other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels import Linear, LowRank, cpu
-from kernels.rwkv7 import ChannelMixing, Layer, Layers, Norm, TimeMixing
+from kernels.rwkv7 import (
+    ChannelMixing,
+    Layer,
+    Norm,
+    OperatorByOperator,
+    Rwkv7,
+    TimeMixing,
+    Weights,
+    runnable,
+)
 from tests.implementations import running_on
 
 L, H, N, S = 3, 3, 16, 6
-C, F = H * N, 101
+C, F, V = H * N, 101, 77
+BROKEN = V - 1  # the id of a token whose embedding is NaN
 LENGTHS, SLOTS = [5, 1, 9], [4, 0, 2]
 
 
@@ -22,7 +33,7 @@ def bfloat16(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Model:
-    """Random layers, states and tokens: the same numbers for any dtype of the weights."""
+    """Random weights, states and tokens: the same numbers for any dtype of the weights."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         random = torch.Generator().manual_seed(5)
@@ -58,77 +69,92 @@ class Model:
         def channel_mixing() -> ChannelMixing:
             return ChannelMixing(norm(1e-5), torch.rand(1, C, generator=random), linear(F, C), linear(C, F))
 
-        self.layers = Layers([Layer(time_mixing(i), channel_mixing()) for i in range(L)], dtype)
+        embedding = bfloat16(normal(V, C)).to(dtype)
+        embedding[BROKEN] = torch.nan
+        layers = [Layer(time_mixing(i), channel_mixing()) for i in range(L)]
+        self.weights = Weights(embedding, norm(1e-5), layers, norm(1e-5), linear(V, C))
+        fused = cpu.fuse_rwkv7(self.weights)
+        assert fused is not None
+        self.ways: dict[str, Rwkv7] = {"fused": fused, "single": OperatorByOperator(self.weights, dtype)}
+        self.poison = fused._operators.team.poison
         self.pool = normal(S, L * (H * N * N + 2 * C), scale=0.3)
-        self.x = normal(sum(LENGTHS), C)
+        self.token_ids = torch.randint(BROKEN, (sum(LENGTHS),), generator=random)
 
-    def run(self, fused: bool, pool: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Advance `pool`, and return the residual stream that `x` becomes."""
-        layers = self.layers
-        advance = layers._fused
-        assert advance is not None
-        if not fused:
-            layers._fused = None
-        x = x.clone()
-        wkv = pool[:, : L * H * N * N].view(S, L, H, N, N)
-        shift = pool[:, L * H * N * N :].view(S, L, 2, C)
-        advance._operators.team.poison()  # type: ignore[attr-defined]
-        layers(x, wkv, shift, torch.tensor(SLOTS), torch.tensor([0, *LENGTHS]).cumsum(0))
-        layers._fused = advance
-        return x
+    def run(
+        self, way: str, pool: torch.Tensor, token_ids: torch.Tensor | None = None, slots: list[int] = SLOTS
+    ) -> torch.Tensor:
+        """Advance `pool`, and return hidden rows and logits of all tokens side by side."""
+        rwkv7, rows = self.ways[way], torch.arange(sum(LENGTHS))
+        self.poison()
+        hidden = rwkv7.forward(
+            self.token_ids if token_ids is None else token_ids,
+            pool[:, : L * H * N * N].view(S, L, H, N, N),
+            pool[:, L * H * N * N :].view(S, L, 2, C),
+            torch.tensor(slots),
+            torch.tensor([0, *LENGTHS]).cumsum(0),
+            rows,
+        )
+        self.poison()
+        return torch.cat([hidden, rwkv7.logits(hidden)], dim=1)
 
 
-@pytest.fixture
-def _compiled() -> None:
+@pytest.fixture(autouse=True)
+def _compiled() -> Iterator[None]:
     """Nothing to test where nothing can be compiled."""
     with running_on("compiled"):
-        pass
+        yield
 
 
-@pytest.mark.usefixtures("_compiled")
-def test_in_float32_fused_layers_have_the_bits_of_single_operators() -> None:
-    """Fusing changes where numbers lie, not how they are computed."""
+def test_in_float32_fused_equals_single_operators() -> None:
+    """Fusing changes where numbers lie, not what they are; slots that are not named keep their bytes."""
     model = Model(torch.float32)
-    pools = [model.pool.clone() for _ in range(2)]
-    fused, single = model.run(True, pools[0], model.x), model.run(False, pools[1], model.x)
-    assert torch.equal(fused, single)
-    assert torch.equal(*pools)
+    fused_pool, single_pool = model.pool.clone(), model.pool.clone()
+    torch.testing.assert_close(model.run("fused", fused_pool), model.run("single", single_pool), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(fused_pool, single_pool, rtol=1e-5, atol=2e-5)
     untouched = [slot for slot in range(S) if slot not in SLOTS]
-    assert torch.equal(pools[0][untouched], model.pool[untouched])
-    assert not torch.equal(pools[0][SLOTS], model.pool[SLOTS])
+    assert torch.equal(fused_pool[untouched], model.pool[untouched])
+    assert not torch.equal(fused_pool[SLOTS], model.pool[SLOTS])
 
 
-@pytest.mark.usefixtures("_compiled")
-def test_in_bfloat16_fused_layers_round_less_than_single_operators() -> None:
+def test_in_bfloat16_fusing_rounds_less() -> None:
     """Against the same weights in float32, bfloat16's rounding of activations shows, and fusing saves some of it."""
     exact, rounded = Model(torch.float32), Model(torch.bfloat16)
-    expected = exact.run(True, exact.pool.clone(), exact.x)
-    fused, single = (rounded.run(fused, rounded.pool.clone(), rounded.x) - expected for fused in (True, False))
+    expected = exact.run("fused", exact.pool.clone())
+    fused, single = (rounded.run(way, rounded.pool.clone()) - expected for way in ("fused", "single"))
     assert 0 < fused.norm() < single.norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_broken_sequence_stays_alone(dtype: torch.dtype) -> None:
     """NaN in one sequence reaches its own rows and its own slot, and nothing else."""
     model = Model(dtype)
-    whole_pool, broken_pool, x = model.pool.clone(), model.pool.clone(), model.x.clone()
-    whole = model.run(True, whole_pool, x)
-    x[5] = torch.nan  # the second sequence's only token
-    broken = model.run(True, broken_pool, x)
-    others = [row for row in range(len(x)) if row != 5]
+    whole_pool, broken_pool, token_ids = model.pool.clone(), model.pool.clone(), model.token_ids.clone()
+    whole = model.run("fused", whole_pool)
+    token_ids[5] = BROKEN  # the second sequence's only token
+    broken = model.run("fused", broken_pool, token_ids)
+    others = [row for row in range(len(token_ids)) if row != 5]
     assert broken[5].isnan().all()
     assert torch.equal(broken[others], whole[others])
     assert torch.equal(broken_pool[[4, 2]], whole_pool[[4, 2]])
 
 
-@pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize(("token_id", "slot"), [(V, 0), (-1, 0), (3, S), (3, -1)])
+def test_an_index_out_of_range_changes_nothing(token_id: int, slot: int) -> None:
+    """Neither memory before nor beyond the tables is touched, and the caller hears of it."""
+    model = Model(torch.float32)
+    pool, token_ids = model.pool.clone(), model.token_ids.clone()
+    token_ids[7] = token_id
+    with pytest.raises(IndexError):
+        model.run("fused", pool, token_ids, [4, slot, 2])
+    assert torch.equal(pool, model.pool)
+
+
 def test_what_another_implementation_packed_is_not_fused() -> None:
     """A layer with foreign weights runs operator by operator."""
-    model = Model(torch.float32)
-    first = model.layers._layers[0]
+    weights = Model(torch.float32).weights
     with cpu.eager():
         foreign = Linear(torch.eye(C))
-    layers = [Layer(replace(first.time_mixing, output=foreign), first.channel_mixing), *model.layers._layers[1:]]
-    assert cpu.fuse_rwkv7(layers) is None
-    assert cpu.fuse_rwkv7(model.layers._layers) is not None
+    first = weights.layers[0]
+    layers = [replace(first, time_mixing=replace(first.time_mixing, output=foreign)), *weights.layers[1:]]
+    assert isinstance(runnable(replace(weights, layers=layers), torch.float32), OperatorByOperator)
+    assert not isinstance(runnable(weights, torch.float32), OperatorByOperator)

@@ -80,3 +80,13 @@ def test_forbidden_ids_and_extreme_temperatures(operators: Operators) -> None:
             assert draw(operators, logits, [(temperature, 0, 1.0, 0.0)], uniform)[0] in (1, 2, 4)
     assert draw(operators, logits, [(1e-30, 0, 1.0, 0.0)], 0.5) == [2]
     assert draw(operators, logits, [(0.0, 0, 1.0, 0.0)], 0.5) == [2]
+
+
+@pytest.mark.parametrize("vocab_size", [3, 16, 77, V])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_row_that_is_no_distribution_gives_minus_one(operators: Operators, vocab_size: int, broken: float) -> None:
+    """Wherever the NaN or the infinity is; the other rows draw."""
+    logits = torch.zeros(vocab_size + 1, vocab_size).fill_diagonal_(broken)
+    cases = [(float(row % 2), 0, 1.0, 0.0) for row in range(vocab_size + 1)]
+    ids = draw(operators, logits, cases, 0.0)
+    assert ids == [-1] * vocab_size + [0]
