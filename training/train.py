@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from training.adapters import adapt, trained_weights
+from training.binidx import read_binidx
 from training.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig
 from training.data import Lanes, Mixture, Rows, TokenTable, encode_documents, held_out, one_per_row, pack
@@ -65,6 +66,9 @@ def _token_tables(config: TrainConfig, run_dir: Path, data_dir: Path) -> dict[st
     tables = {}
     for source in config.data.sources:
         path = run_dir / "tokens" / f"{source.name}.safetensors"
+        if source.path.endswith(".bin"):
+            tables[source.name] = read_binidx(data_dir / source.path)
+            continue
         if not path.exists():
             codec = load_tokenizer(run_dir / config.data.tokenizer)
             encode_documents(read_documents(source, data_dir, config.run.seed), codec).save(path)
