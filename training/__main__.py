@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from engine.tokenizer.hf import FILE_NAME
+from engine.tokenizer.loading import load as load_tokenizer
 from training.config import TrainConfig
 
 _RECALL_DISTANCES = (1, 3, 5, 8, 12)
@@ -77,11 +79,12 @@ def tokenize(config: TrainConfig, run_dir: Path, data_dir: Path) -> None:
     from training.train import prepare_data
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / config.data.tokenizer
-    if not path.exists():
+    path = run_dir / FILE_NAME
+    if config.data.tokenizer == "auto" and not path.exists():
         texts = (
             "".join(piece.text for piece in document)
             for source in config.data.sources
+            if not source.path.endswith(".bin")
             for document in read_documents(source, data_dir, config.run.seed)
         )
         train_tokenizer(texts, config.model.vocab_size).save(str(path))
@@ -112,20 +115,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     from training.benchmarks import lambada, read_passages, read_text, score_text
     from training.evaluate import recall
     from training.export import load_model
-    from training.tokenizer import load_tokenizer
 
-    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    model = load_model(options.model)
+    tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
     results: dict[str, float] = {}
     if options.lambada:
         passages = read_passages(options.lambada)[: options.passages]
         for protocol, prefixed in (("end_of_text_first", True), ("plain", False)):
-            score = lambada(model, codec, passages, prefix_end_of_text=prefixed)
+            score = lambada(model, tokenizer, passages, prefix_end_of_text=prefixed)
             results[f"lambada/{protocol}/accuracy"] = score.accuracy
             results[f"lambada/{protocol}/perplexity"] = score.perplexity
     if options.text:
-        results[f"bits_per_byte/{options.text.name}"] = score_text(model, codec, read_text(options.text)).bits_per_byte
+        results[f"bits_per_byte/{options.text.name}"] = score_text(
+            model, tokenizer, read_text(options.text)
+        ).bits_per_byte
     for distance in _RECALL_DISTANCES if options.recall else ():
-        results[f"recall/{distance}"], _ = recall(model, codec, distance, options.recall)
+        results[f"recall/{distance}"], _ = recall(model, tokenizer, distance, options.recall)
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))
@@ -136,17 +141,17 @@ def _generate(options: argparse.Namespace) -> None:
     from training.evaluate import encode_prompt
     from training.export import load_model
     from training.generate import generate_greedy
-    from training.tokenizer import load_tokenizer
 
-    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    model = load_model(options.model)
+    tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
     stop_ids = [END_OF_TEXT_ID]
     if options.chat:
-        prompt = encode_prompt(codec, [{"role": "user", "content": options.prompt}])
-        stop_ids += codec.encode("\n\n").ids
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": options.prompt}])
+        stop_ids += tokenizer.encode("\n\n")
     else:
-        prompt = codec.encode(options.prompt).ids
+        prompt = tokenizer.encode(options.prompt)
     [answer] = generate_greedy(model, [prompt or [END_OF_TEXT_ID]], options.max_tokens, stop_ids)
-    print(codec.decode(answer))
+    print(tokenizer.decode(answer))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from engine.tokenizer.tokenizer import Tokenizer
 from training.data import END_OF_TEXT_ID
 from training.evaluate import Score
 from training.model import Rwkv7, TrainingState
@@ -37,13 +37,13 @@ class LambadaScore:
 
 
 @torch.no_grad()
-def lambada(model: Rwkv7, codec: Tokenizer, passages: Sequence[str], *, prefix_end_of_text: bool) -> LambadaScore:
+def lambada(model: Rwkv7, tokenizer: Tokenizer, passages: Sequence[str], *, prefix_end_of_text: bool) -> LambadaScore:
     """Score passages whose last word, with the space before it, is to be foretold."""
     model.eval()
     correct, log_likelihood = 0, 0.0
     prefix = [END_OF_TEXT_ID] if prefix_end_of_text else []
     pairs = [passage.rsplit(" ", 1) for passage in passages]
-    examples = [(prefix + codec.encode(context).ids, codec.encode(" " + word).ids) for context, word in pairs]
+    examples = [(prefix + tokenizer.encode(context), tokenizer.encode(" " + word)) for context, word in pairs]
     examples.sort(key=lambda example: len(example[0]) + len(example[1]))
     for begin in range(0, len(examples), _PASSAGES_AT_ONCE):
         for log_probabilities, greedy in _last_words(model, examples[begin : begin + _PASSAGES_AT_ONCE]):
@@ -70,11 +70,11 @@ def _last_words(model: Rwkv7, examples: Sequence[tuple[list[int], list[int]]]) -
 
 
 @torch.no_grad()
-def score_text(model: Rwkv7, codec: Tokenizer, text: str) -> Score:
+def score_text(model: Rwkv7, tokenizer: Tokenizer, text: str) -> Score:
     """Score a text from its first token to its last, the state carried through all of it."""
     model.eval()
     device = model.emb.weight.device
-    ids = torch.tensor([[END_OF_TEXT_ID, *codec.encode(text).ids]], device=device)
+    ids = torch.tensor([[END_OF_TEXT_ID, *tokenizer.encode(text)]], device=device)
     state: TrainingState | None = None
     nats = 0.0
     for begin in range(0, ids.shape[1] - 1, _WINDOW_TOKENS):

@@ -43,7 +43,7 @@ class DataSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The mixture and how it is cut into rows."""
 
     sources: list[SourceSection]
-    tokenizer: str = "tokenizer.json"  # below the run's directory
+    tokenizer: str = "auto"  # the tokenizer.json of the run, made if there is none; or world, bytes, a path
     row_tokens: int = 512
     rows_per_step: int = 8  # of all processes and accumulations together
     curriculum_steps: int = 0  # over which weights move from first to last; afterwards they stay

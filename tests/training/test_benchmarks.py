@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
+from engine.tokenizer.loading import load as load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
 from training.benchmarks import lambada, score_text
 from training.evaluate import recall, score_rows
 from training.generate import generate_greedy
 from training.model import ModelShape, Rwkv7
-from training.tokenizer import bytes_per_token, load_tokenizer
 from training.train import prepare_data
 
 from .conftest import TINY
@@ -20,9 +20,9 @@ PASSAGES = ["I have a dog named Rex", "my favorite color is blue", "what is my n
 
 
 @pytest.fixture
-def codec(prepared: Path) -> Tokenizer:
+def tokenizer(prepared: Path) -> Tokenizer:
     """The tiny run's tokenizer."""
-    return load_tokenizer(prepared / "tokenizer.json")
+    return load_tokenizer("auto", prepared, 300)
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def model() -> Rwkv7:
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
-def test_lambada_is_the_likelihood_of_last_words(model: Rwkv7, codec: Tokenizer, prefixed: bool) -> None:
+def test_lambada_is_the_likelihood_of_last_words(model: Rwkv7, tokenizer: Tokenizer, prefixed: bool) -> None:
     """Passages scored together, filled up to one length, give what each gives token by token."""
-    score = lambada(model, codec, PASSAGES, prefix_end_of_text=prefixed)
+    score = lambada(model, tokenizer, PASSAGES, prefix_end_of_text=prefixed)
     total, correct = 0.0, 0
     for passage in PASSAGES:
         context, word = passage.rsplit(" ", 1)
-        ids, target = [0] * prefixed + codec.encode(context).ids, codec.encode(" " + word).ids
+        ids, target = [0] * prefixed + tokenizer.encode(context), tokenizer.encode(" " + word)
         greedy = True
         for token in target:
             x, _ = model(torch.tensor([ids]))
@@ -56,18 +56,20 @@ def test_lambada_is_the_likelihood_of_last_words(model: Rwkv7, codec: Tokenizer,
     assert score.accuracy == correct / 3
 
 
-def test_text_is_scored_with_the_state_carried(model: Rwkv7, codec: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_scored_with_the_state_carried(
+    model: Rwkv7, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Windows give what one window gives, and bits per byte count bytes of the text."""
     text = "I have a dog. " * 10 + "é"
-    whole = score_text(model, codec, text)
+    whole = score_text(model, tokenizer, text)
     monkeypatch.setattr("training.benchmarks._WINDOW_TOKENS", 7)
-    assert score_text(model, codec, text).nats == pytest.approx(whole.nats, rel=1e-5)
+    assert score_text(model, tokenizer, text).nats == pytest.approx(whole.nats, rel=1e-5)
     assert whole.bits_per_byte == pytest.approx(whole.nats / math.log(2) / (14 * 10 + 2))
 
 
-def test_greedy_answers_do_not_depend_on_the_batch(model: Rwkv7, codec: Tokenizer) -> None:
+def test_greedy_answers_do_not_depend_on_the_batch(model: Rwkv7, tokenizer: Tokenizer) -> None:
     """A prompt has the same answer alone and among longer ones, and it is the arg-max of each step."""
-    prompts = [codec.encode(text).ids for text in PASSAGES]
+    prompts = [tokenizer.encode(text) for text in PASSAGES]
     together = generate_greedy(model, prompts, 6, [])
     assert together == [generate_greedy(model, [prompt], 6, [])[0] for prompt in prompts]
     ids = list(prompts[0])
@@ -77,18 +79,18 @@ def test_greedy_answers_do_not_depend_on_the_batch(model: Rwkv7, codec: Tokenize
         ids.append(token)
 
 
-def test_greedy_answers_end_before_a_stop(model: Rwkv7, codec: Tokenizer) -> None:
+def test_greedy_answers_end_before_a_stop(model: Rwkv7, tokenizer: Tokenizer) -> None:
     """What comes before the first stop id is the answer."""
-    prompt = codec.encode(PASSAGES[0]).ids
+    prompt = tokenizer.encode(PASSAGES[0])
     [free] = generate_greedy(model, [prompt], 8, [])
     stop = free[3]
     assert generate_greedy(model, [prompt], 8, [stop]) == [free[: free.index(stop)]]
 
 
-def test_held_out_loss_is_weighted_by_tokens(model: Rwkv7, prepared: Path, codec: Tokenizer) -> None:
+def test_held_out_loss_is_weighted_by_tokens(model: Rwkv7, prepared: Path, tokenizer: Tokenizer) -> None:
     """The loss of all rows is the mean over their learnt tokens, and the model is left in the mode it was in."""
     rows = prepare_data(TINY, prepared, Path()).held_out["short"]
-    token_bytes = torch.tensor(bytes_per_token(codec), dtype=torch.float32)
+    token_bytes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(300)])
     model.train()
     score = score_rows(model, rows, 100, token_bytes)
     assert model.training
@@ -98,7 +100,7 @@ def test_held_out_loss_is_weighted_by_tokens(model: Rwkv7, prepared: Path, codec
     expected = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
     assert score.loss == pytest.approx(float(expected.detach()), rel=1e-5)
     learnt = batch.targets[batch.weights > 0].tolist()
-    text = codec.decode([token for token in learnt if token])
+    text = tokenizer.decode([token for token in learnt if token])
     assert score.num_bytes == pytest.approx(len(text.encode()))
 
 
@@ -108,8 +110,8 @@ def test_nothing_to_score_is_not_a_number(model: Rwkv7, prepared: Path) -> None:
     assert math.isnan(score_rows(model, rows, 0, torch.ones(300)).loss)
 
 
-def test_recall_of_a_model_that_knows_nothing(model: Rwkv7, codec: Tokenizer) -> None:
+def test_recall_of_a_model_that_knows_nothing(model: Rwkv7, tokenizer: Tokenizer) -> None:
     """Random weights name no held-out value."""
-    share, pairs = recall(model, codec, 1, 4)
+    share, pairs = recall(model, tokenizer, 1, 4)
     assert share == 0
     assert len(pairs) == 4

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.tokenizer.loading import load as load_tokenizer
 from training.dialogues import Level, dialogue, recall_probe, story_dialogue
 from training.evaluate import encode_prompt, names
 from training.facts import lexicon, values
-from training.tokenizer import load_tokenizer
 
 LEVELS: tuple[Level, ...] = ("short", "medium", "long")
 
@@ -82,6 +82,6 @@ def test_stories_are_asked_for_or_continued() -> None:
 
 def test_prompts_end_where_the_answer_begins(prepared: Path) -> None:
     """A dialogue that waits for an answer is encoded as the server encodes it."""
-    codec = load_tokenizer(prepared / "tokenizer.json")
-    ids = encode_prompt(codec, [{"role": "user", "content": "Hi"}])
-    assert codec.decode(ids) == "User: Hi\n\nAssistant:"
+    tokenizer = load_tokenizer("auto", prepared, 300)
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(ids) == "User: Hi\n\nAssistant:"
