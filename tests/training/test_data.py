@@ -10,7 +10,7 @@ from engine.tokenizer.loading import load as load_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer
 from training.config import DataSection, SourceSection
 from training.data import Mixture, Rows, TokenTable, encode_documents, held_out, pack
-from training.documents import Document, chat, read_documents
+from training.documents import Document, chat, cut_text, read_documents
 
 ROW = 16
 
@@ -71,6 +71,15 @@ def test_files_of_every_form(tmp_path: Path, compressed: bool) -> None:
     plain = SourceSection(name="b", path=write("b.txt", "All of it.\n\nReally.\n"))
     assert [_text(document) for document in read_documents(mixed, tmp_path, 0)] == ["One.", "User: Hi"]
     assert [_text(document) for document in read_documents(plain, tmp_path, 0)] == ["All of it.\n\nReally."]
+
+
+def test_a_long_text_is_cut_at_blank_lines() -> None:
+    """A text becomes documents of a minimal size that put together are the text."""
+    text = "\n\n".join(f"Line {number} of many." for number in range(100))
+    pieces = list(cut_text(text, 200))
+    assert "\n\n".join(pieces) == text
+    assert len(pieces) > 5
+    assert all(200 <= len(piece) < 240 for piece in pieces[:-1])
 
 
 def test_held_out_documents_are_never_packed() -> None:
