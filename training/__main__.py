@@ -1,4 +1,4 @@
-"""`python -m training tokenize|train|export|eval|generate`."""
+"""`python -m training tokenize|train|export|eval|curves|generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 from engine.tokenizer.hf import FILE_NAME
 from engine.tokenizer.loading import load as load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
 from training.config import TrainConfig
+from training.model import Rwkv7
 
 _RECALL_DISTANCES = (1, 3, 5, 8, 12)
 
@@ -27,6 +29,10 @@ def main(arguments: list[str] | None = None) -> None:
             _export(options)
         case "eval":
             _evaluate(options)
+        case "curves":
+            from training.curves import draw_curves
+
+            draw_curves(options.run / "log.jsonl", options.to)
         case "generate":
             _generate(options)
 
@@ -63,6 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--passages", type=int, help="only the first so many")
     command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte")
     command.add_argument("--recall", type=int, metavar="N", help="probes of held-out facts at each distance")
+
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="a run's, for bits per byte of its held-out documents"
+    )
+    command.add_argument("--run", type=Path, metavar="DIR", help="that run")
+    command.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="its sources")
+    command.add_argument("--rows", type=int, default=64, help="of each source, at most")
+
+    command = commands.add_parser("curves", help="draw a run's curves")
+    command.add_argument("--run", type=Path, required=True, metavar="DIR")
+    command.add_argument("--to", type=Path, required=True, metavar="FILE.png")
 
     command = commands.add_parser("generate", help="go on from a text, or answer a message")
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
@@ -129,11 +146,25 @@ def _evaluate(options: argparse.Namespace) -> None:
         results[f"bits_per_byte/{options.text.name}"] = score_text(
             model, tokenizer, read_text(options.text)
         ).bits_per_byte
+    if options.config:
+        results |= _held_out(model, tokenizer, options)
     for distance in _RECALL_DISTANCES if options.recall else ():
         results[f"recall/{distance}"], _ = recall(model, tokenizer, distance, options.recall)
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))
+
+
+def _held_out(model: Rwkv7, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
+    from training.evaluate import score_rows
+    from training.train import prepare_data
+
+    token_bytes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    dataset = prepare_data(TrainConfig.load(options.config), options.run, options.data)
+    return {
+        f"held_out/{name}/bits_per_byte": score_rows(model, rows, options.rows, token_bytes).bits_per_byte
+        for name, rows in dataset.held_out.items()
+    }
 
 
 def _generate(options: argparse.Namespace) -> None:
