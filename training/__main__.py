@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+import httpx
 import torch
 
 from engine.tokenizer.hf import FILE_NAME
@@ -13,6 +14,7 @@ from engine.tokenizer.loading import load as load_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer
 from training.config import TrainConfig
 from training.model import Rwkv7
+from training.scoring import Scorer
 
 _RECALL_DISTANCES = (1, 3, 5, 8, 12)
 
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
     command.add_argument("--lambada", type=Path, metavar="FILE", help="JSON lines with `text`")
     command.add_argument("--passages", type=int, help="only the first so many")
+    command.add_argument("--choices", type=Path, metavar="FILE", help="JSON lines with `context`, `choices`, `answer`")
+    command.add_argument("--url", help="of a server that scores passages and choices instead of this process")
+    command.add_argument("--served-model", default="default", metavar="NAME", help="the model's name there")
     command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte")
     command.add_argument("--recall", type=int, metavar="N", help="probes of held-out facts at each distance")
 
@@ -129,19 +134,24 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from training.benchmarks import lambada, read_passages, read_text, score_text
+    from training.benchmarks import lambada, multiple_choice, read_passages, read_questions, read_text, score_text
     from training.evaluate import recall
     from training.export import load_model
 
     model = load_model(options.model)
     tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
+    scorer = _scorer(model, options)
     results: dict[str, float] = {}
     if options.lambada:
         passages = read_passages(options.lambada)[: options.passages]
         for protocol, prefixed in (("end_of_text_first", True), ("plain", False)):
-            score = lambada(model, tokenizer, passages, prefix_end_of_text=prefixed)
+            score = lambada(scorer, tokenizer, passages, prefix_end_of_text=prefixed)
             results[f"lambada/{protocol}/accuracy"] = score.accuracy
             results[f"lambada/{protocol}/perplexity"] = score.perplexity
+    if options.choices:
+        choices = multiple_choice(scorer, tokenizer, read_questions(options.choices))
+        results[f"choices/{options.choices.name}/accuracy"] = choices.accuracy
+        results[f"choices/{options.choices.name}/accuracy_per_byte"] = choices.accuracy_per_byte
     if options.text:
         results[f"bits_per_byte/{options.text.name}"] = score_text(
             model, tokenizer, read_text(options.text)
@@ -153,6 +163,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))
+
+
+def _scorer(model: Rwkv7, options: argparse.Namespace) -> Scorer:
+    from training.scoring import HttpScorer, LocalScorer
+
+    if not options.url:
+        return LocalScorer(model)
+    return HttpScorer(httpx.Client(base_url=options.url, timeout=300.0), options.served_model)
 
 
 def _held_out(model: Rwkv7, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, float]:

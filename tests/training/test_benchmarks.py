@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 
 from engine.tokenizer.loading import load as load_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer
-from training.benchmarks import lambada, score_text
+from tests.server_process import ServerProcess
+from training.benchmarks import lambada, multiple_choice, read_questions, score_text
+from training.checkpoint import save_weights
 from training.evaluate import recall, score_rows
 from training.generate import generate_greedy
 from training.model import ModelShape, Rwkv7
+from training.scoring import Example, HttpScorer, Likelihood, LocalScorer
 from training.train import prepare_data
 
 from .conftest import TINY
@@ -39,7 +44,7 @@ def model() -> Rwkv7:
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_lambada_is_the_likelihood_of_last_words(model: Rwkv7, tokenizer: Tokenizer, prefixed: bool) -> None:
     """Passages scored together, filled up to one length, give what each gives token by token."""
-    score = lambada(model, tokenizer, PASSAGES, prefix_end_of_text=prefixed)
+    score = lambada(LocalScorer(model), tokenizer, PASSAGES, prefix_end_of_text=prefixed)
     total, correct = 0.0, 0
     for passage in PASSAGES:
         context, word = passage.rsplit(" ", 1)
@@ -54,6 +59,33 @@ def test_lambada_is_the_likelihood_of_last_words(model: Rwkv7, tokenizer: Tokeni
         correct += greedy
     assert score.perplexity == pytest.approx(math.exp(-total / 3), rel=1e-4)
     assert score.accuracy == correct / 3
+
+
+def test_choices_are_compared_by_likelihood_and_by_that_of_a_byte(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The likeliest choice is the answer; one that is likelier byte by byte is the answer of the other measure."""
+
+    class Table:
+        def score(self, examples: Sequence[Example]) -> list[Likelihood]:
+            scores = {" no": -3.0, " yes, of course": -6.0}
+            return [Likelihood(scores[tokenizer.decode(example.continuation)], False) for example in examples]
+
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"notice": "n"}\n{"context": "Is it?", "choices": [" no", " yes, of course"], "answer": 1}\n')
+    score = multiple_choice(Table(), tokenizer, read_questions(path))
+    assert (score.num_questions, score.accuracy, score.accuracy_per_byte) == (1, 0.0, 1.0)
+
+
+def test_a_server_gives_the_same_numbers(model: Rwkv7, tokenizer: Tokenizer, prepared: Path, tmp_path: Path) -> None:
+    """LAMBADA over HTTP and in process agree to 1e-4 on the same weights."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_weights(model.state_dict(), directory / "model.safetensors")
+    shutil.copy(prepared / "tokenizer.json", directory)
+    here = lambada(LocalScorer(model), tokenizer, PASSAGES, prefix_end_of_text=True)
+    with ServerProcess(directory, tmp_path / "data", "--dtype", "float32") as server:
+        there = lambada(HttpScorer(server.http, "test"), tokenizer, PASSAGES, prefix_end_of_text=True)
+    assert there.perplexity == pytest.approx(here.perplexity, rel=1e-4)
+    assert there.accuracy == here.accuracy
 
 
 def test_text_is_scored_with_the_state_carried(
