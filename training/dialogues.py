@@ -15,10 +15,12 @@ from typing import Literal
 from training.facts import Fact, Half, Kind, lexicon, values
 
 Message = dict[str, str]
-Level = Literal["short", "medium", "long"]
+Level = Literal["short", "medium", "long", "strange"]
 
-_TURNS: dict[Level, tuple[int, int]] = {"short": (2, 6), "medium": (6, 12), "long": (11, 18)}
-_GAPS: dict[Level, tuple[int, int]] = {"short": (0, 1), "medium": (1, 4), "long": (2, 14)}
+_TURNS: dict[Level, tuple[int, int]] = {"short": (2, 6), "medium": (6, 12), "long": (11, 18), "strange": (3, 9)}
+_GAPS: dict[Level, tuple[int, int]] = {"short": (0, 1), "medium": (1, 4), "long": (2, 14), "strange": (0, 3)}
+_INVENTED = {"names": 0.25, "pet_names": 0.25}  # share of values that are in no list
+_STRANGE = dict.fromkeys(("names", "pet_names", "cities", "colors", "foods", "words"), 0.5)
 
 
 _OPENINGS = (
@@ -103,6 +105,7 @@ class _Talk:
 
     rng: random.Random
     half: Half
+    invented: dict[str, float]  # share of invented values, by list
     messages: list[Message] = field(default_factory=list)
     facts: dict[tuple[str, str], Fact] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -116,8 +119,12 @@ class _Talk:
 
 
 def dialogue(level: Level, seed: int, index: int) -> list[Message]:
-    """The training dialogue number `index` of a level: user and assistant in turn."""
-    talk = _Talk(random.Random(f"{seed}/{level}/{index}"), "training")
+    """The training dialogue number `index` of a level: user and assistant in turn.
+
+    Levels differ in length and in how far questions are from what they ask for; `strange` ones have many invented
+    words, which can only be copied.
+    """
+    talk = _Talk(random.Random(f"{seed}/{level}/{index}"), "training", _STRANGE if level == "strange" else _INVENTED)
     rng = talk.rng
     num_turns = rng.randint(*_TURNS[level])
     if rng.random() < 0.3:
@@ -140,7 +147,7 @@ def recall_probe(distance: int, seed: int, index: int, half: Half = "held out") 
 
     `distance` counts the turns from the last telling to the question: 1 asks at once.
     """
-    talk = _Talk(random.Random(f"{seed}/probe/{index}"), half)
+    talk = _Talk(random.Random(f"{seed}/probe/{index}"), half, _INVENTED if half == "training" else {})
     rng = talk.rng
     facts = [_draw(talk, kind) for kind in lexicon().kinds[:3]]  # name, colour, pet
     if rng.random() < 0.5:
@@ -187,8 +194,10 @@ def _draw(talk: _Talk, kind: Kind) -> Fact:
         value = str(rng.randint(0, 99))
     elif kind.values == "codes":
         value = "".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4))))
-    elif kind.values in ("names", "pet_names") and talk.half == "training" and rng.random() < 0.25:
+    elif kind.values in talk.invented and rng.random() < talk.invented[kind.values]:
         value = _invented_name(rng)
+        if values(kind.values)[0].islower():
+            value = value.lower()
     else:
         value = rng.choice(values(kind.values, talk.half))
     return Fact(kind, rng.choice(kind.subjects), value)

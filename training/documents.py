@@ -40,7 +40,7 @@ class _Record(msgspec.Struct):
 def read_documents(source: SourceSection, data_dir: Path, seed: int) -> Iterator[Document]:
     """Yield a source's documents, in their order in the file or of their making."""
     match source.made:
-        case "short" | "medium" | "long":
+        case "short" | "medium" | "long" | "strange":
             level: Level = source.made
             for index in range(source.num_documents):
                 yield chat(dialogue(level, seed, index), source.user_loss)

@@ -11,13 +11,13 @@ from training.dialogues import Level, dialogue, recall_probe, story_dialogue
 from training.evaluate import encode_prompt, names
 from training.facts import lexicon, values
 
-LEVELS: tuple[Level, ...] = ("short", "medium", "long")
+LEVELS: tuple[Level, ...] = ("short", "medium", "long", "strange")
 
 
 def test_dialogues_are_what_they_were() -> None:
     """The dialogues that a published model was trained on can be made again, to the letter."""
     digest = hashlib.sha256()
-    for level in LEVELS:
+    for level in LEVELS[:3]:
         for index in range(200):
             digest.update(json.dumps(dialogue(level, 7, index)).encode())
     assert digest.hexdigest()[:8] == "a35c4ac7"
