@@ -160,6 +160,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         results |= _held_out(model, tokenizer, options)
     for distance in _RECALL_DISTANCES if options.recall else ():
         results[f"recall/{distance}"], _ = recall(model, tokenizer, distance, options.recall)
+        known, _ = recall(model, tokenizer, distance, options.recall, half="training")
+        results[f"recall_of_known_values/{distance}"] = known
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))

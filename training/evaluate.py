@@ -14,6 +14,7 @@ from engine.tokenizer.tokenizer import Tokenizer
 from training.data import Batch, Rows
 from training.dialogues import recall_probe
 from training.documents import BORDER, chat
+from training.facts import Half
 from training.generate import generate_greedy
 from training.model import Rwkv7
 
@@ -71,10 +72,13 @@ def token_losses(model: Rwkv7, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def recall(
-    model: Rwkv7, tokenizer: Tokenizer, distance: int, num_probes: int, seed: int = 0
+    model: Rwkv7, tokenizer: Tokenizer, distance: int, num_probes: int, *, half: Half = "held out", seed: int = 0
 ) -> tuple[float, list[tuple[str, str]]]:
-    """The share of held-out facts that greedy answers name `distance` turns later, and every (expected, answer)."""
-    probes = [recall_probe(distance, seed, index) for index in range(num_probes)]
+    """The share of facts that greedy answers name `distance` turns later, and every (expected, answer).
+
+    The facts are of values that no training dialogue tells, or of those that some do, in dialogues never seen.
+    """
+    probes = [recall_probe(distance, seed, index, half) for index in range(num_probes)]
     prompts = [encode_prompt(tokenizer, probe.messages) for probe in probes]
     stops = [0, tokenizer.encode(BORDER)[0]]
     answers = [tokenizer.decode(ids) for ids in generate_greedy(model, prompts, _ANSWER_TOKENS, stops)]
