@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.facts import Fact, Half, Kind, lexicon, values
+from training.facts import Fact, Half, Kind, held_out_words, lexicon, values
 
 Message = dict[str, str]
 Level = Literal["short", "medium", "long", "strange"]
@@ -47,6 +47,7 @@ _NOTED = (
     "That is good to know.",
     "Thanks, I will keep that in mind.",
 )
+_OPEN_LISTS = ("names", "pet_names", "cities", "foods", "words", "animals", "jobs", "hobbies", "colors")
 _ONSETS = (
     "B",
     "D",
@@ -195,7 +196,8 @@ def _draw(talk: _Talk, kind: Kind) -> Fact:
     elif kind.values == "codes":
         value = "".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4))))
     elif kind.values in talk.invented and rng.random() < talk.invented[kind.values]:
-        value = _invented_name(rng)
+        strange = talk.invented is _STRANGE
+        value = _spliced_word(rng) if strange and rng.random() < 0.7 else _invented_name(rng)
         if values(kind.values)[0].islower():
             value = value.lower()
     else:
@@ -210,8 +212,17 @@ def _invented_name(rng: random.Random) -> str:
         for _ in range(rng.choice((1, 1, 2))):
             name += rng.choice("bdfgklmnprstvz") + rng.choice(_VOWELS)
         name += rng.choice(_ENDINGS)
-        if name not in values("names", "held out") and name not in values("pet_names", "held out"):
+        if name.lower() not in held_out_words():
             return name
+
+
+def _spliced_word(rng: random.Random) -> str:
+    """The beginning of one word of our lists and the end of another, so that pieces of all kinds are to be copied."""
+    while True:
+        first, second = (rng.choice(values(rng.choice(_OPEN_LISTS), "training")).split()[-1] for _ in range(2))
+        word = (first[: rng.randint(1, len(first))] + second[rng.randint(0, len(second) - 1) :]).capitalize()
+        if 3 <= len(word) <= 10 and word.lower() not in held_out_words():
+            return word
 
 
 def _tell(talk: _Talk, count: int) -> None:
