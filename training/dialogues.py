@@ -20,7 +20,7 @@ Level = Literal["short", "medium", "long", "strange"]
 _TURNS: dict[Level, tuple[int, int]] = {"short": (2, 6), "medium": (6, 12), "long": (11, 18), "strange": (3, 9)}
 _GAPS: dict[Level, tuple[int, int]] = {"short": (0, 1), "medium": (1, 4), "long": (2, 14), "strange": (0, 3)}
 _INVENTED = {"names": 0.25, "pet_names": 0.25}  # share of values that are in no list
-_STRANGE = dict.fromkeys(("names", "pet_names", "cities", "colors", "foods", "words"), 0.5)
+_STRANGE = dict.fromkeys(("names", "pet_names", "cities", "colors", "foods", "words"), 0.8)
 
 
 _OPENINGS = (
@@ -335,7 +335,8 @@ def _small_talk(talk: _Talk) -> None:
     """A turn about something else; none is repeated within a dialogue."""
     rng = talk.rng
     for _ in range(8):
-        user, assistant = _exchange(rng)
+        strange = talk.invented is _STRANGE and rng.random() < 0.4
+        user, assistant = _repeat(rng, _strange_words(rng)) if strange else _exchange(rng)
         if user not in talk.used:
             break
     talk.used.add(user)
@@ -348,10 +349,7 @@ def _exchange(rng: random.Random) -> tuple[str, str]:
         user, assistant = rng.choice(lexicon().exchanges)
         return (user, assistant) if rng.random() < 0.8 else (_casing(rng, user, user[-1]), assistant)
     if style < 0.72:
-        phrase = " ".join(rng.choices(values("words"), k=rng.randint(1, 5)))
-        return rng.choice(("Repeat after me: {}", "Say this: {}", "Please repeat: {}", "Say {}")).format(
-            phrase
-        ), _capital(phrase) + "."
+        return _repeat(rng, " ".join(rng.choices(values("words"), k=rng.randint(1, 5))))
     if style < 0.79:
         return _sum(rng)
     if style < 0.83:
@@ -359,6 +357,16 @@ def _exchange(rng: random.Random) -> tuple[str, str]:
         numbers = ", ".join(str(start + step) for step in range(5))
         return f"Count from {start} to {start + 4}.", numbers + "."
     return _lookup(rng)
+
+
+def _repeat(rng: random.Random, phrase: str) -> tuple[str, str]:
+    request = rng.choice(("Repeat after me: {}", "Say this: {}", "Please repeat: {}", "Say {}"))
+    return request.format(phrase), _capital(phrase) + "."
+
+
+def _strange_words(rng: random.Random) -> str:
+    words = [_spliced_word(rng) for _ in range(rng.randint(1, 4))]
+    return " ".join(words if rng.random() < 0.5 else map(str.lower, words))
 
 
 def _sum(rng: random.Random) -> tuple[str, str]:
