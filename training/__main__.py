@@ -1,4 +1,4 @@
-"""`python -m training tokenize|train|export|eval|generate`."""
+"""`python -m training tokenize|train|export|eval|curves|generate`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
+import httpx
 import torch
 
+from engine.tokenizer.hf import FILE_NAME
+from engine.tokenizer.loading import load as load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
 from training.config import TrainConfig
+from training.model import Rwkv7
+from training.scoring import Scorer
 
 _RECALL_DISTANCES = (1, 3, 5, 8, 12)
 
@@ -25,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
             _export(options)
         case "eval":
             _evaluate(options)
+        case "curves":
+            from training.curves import draw_curves
+
+            draw_curves(options.run / "log.jsonl", options.to)
         case "generate":
             _generate(options)
 
@@ -59,8 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
     command.add_argument("--lambada", type=Path, metavar="FILE", help="JSON lines with `text`")
     command.add_argument("--passages", type=int, help="only the first so many")
+    command.add_argument("--choices", type=Path, metavar="FILE", help="JSON lines with `context`, `choices`, `answer`")
+    command.add_argument("--url", help="of a server that scores passages and choices instead of this process")
+    command.add_argument("--served-model", default="default", metavar="NAME", help="the model's name there")
     command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte")
     command.add_argument("--recall", type=int, metavar="N", help="probes of held-out facts at each distance")
+
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="a run's, for bits per byte of its held-out documents"
+    )
+    command.add_argument("--run", type=Path, metavar="DIR", help="that run")
+    command.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="its sources")
+    command.add_argument("--rows", type=int, default=64, help="of each source, at most")
+
+    command = commands.add_parser("curves", help="draw a run's curves")
+    command.add_argument("--run", type=Path, required=True, metavar="DIR")
+    command.add_argument("--to", type=Path, required=True, metavar="FILE.png")
 
     command = commands.add_parser("generate", help="go on from a text, or answer a message")
     command.add_argument("--model", type=Path, required=True, metavar="DIR")
@@ -77,11 +101,12 @@ def tokenize(config: TrainConfig, run_dir: Path, data_dir: Path) -> None:
     from training.train import prepare_data
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / config.data.tokenizer
-    if not path.exists():
+    path = run_dir / FILE_NAME
+    if config.data.tokenizer == "auto" and not path.exists():
         texts = (
             "".join(piece.text for piece in document)
             for source in config.data.sources
+            if not source.path.endswith(".bin")
             for document in read_documents(source, data_dir, config.run.seed)
         )
         train_tokenizer(texts, config.model.vocab_size).save(str(path))
@@ -109,26 +134,57 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from training.benchmarks import lambada, read_passages, read_text, score_text
+    from training.benchmarks import lambada, multiple_choice, read_passages, read_questions, read_text, score_text
     from training.evaluate import recall
     from training.export import load_model
-    from training.tokenizer import load_tokenizer
 
-    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    model = load_model(options.model)
+    tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
+    scorer = _scorer(model, options)
     results: dict[str, float] = {}
     if options.lambada:
         passages = read_passages(options.lambada)[: options.passages]
         for protocol, prefixed in (("end_of_text_first", True), ("plain", False)):
-            score = lambada(model, codec, passages, prefix_end_of_text=prefixed)
+            score = lambada(scorer, tokenizer, passages, prefix_end_of_text=prefixed)
             results[f"lambada/{protocol}/accuracy"] = score.accuracy
             results[f"lambada/{protocol}/perplexity"] = score.perplexity
+    if options.choices:
+        choices = multiple_choice(scorer, tokenizer, read_questions(options.choices))
+        results[f"choices/{options.choices.name}/accuracy"] = choices.accuracy
+        results[f"choices/{options.choices.name}/accuracy_per_byte"] = choices.accuracy_per_byte
     if options.text:
-        results[f"bits_per_byte/{options.text.name}"] = score_text(model, codec, read_text(options.text)).bits_per_byte
+        results[f"bits_per_byte/{options.text.name}"] = score_text(
+            model, tokenizer, read_text(options.text)
+        ).bits_per_byte
+    if options.config:
+        results |= _held_out(model, tokenizer, options)
     for distance in _RECALL_DISTANCES if options.recall else ():
-        results[f"recall/{distance}"], _ = recall(model, codec, distance, options.recall)
+        results[f"recall/{distance}"], _ = recall(model, tokenizer, distance, options.recall)
+        known, _ = recall(model, tokenizer, distance, options.recall, half="training")
+        results[f"recall_of_known_values/{distance}"] = known
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))
+
+
+def _scorer(model: Rwkv7, options: argparse.Namespace) -> Scorer:
+    from training.scoring import HttpScorer, LocalScorer
+
+    if not options.url:
+        return LocalScorer(model)
+    return HttpScorer(httpx.Client(base_url=options.url, timeout=300.0), options.served_model)
+
+
+def _held_out(model: Rwkv7, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
+    from training.evaluate import score_rows
+    from training.train import prepare_data
+
+    token_bytes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    dataset = prepare_data(TrainConfig.load(options.config), options.run, options.data)
+    return {
+        f"held_out/{name}/bits_per_byte": score_rows(model, rows, options.rows, token_bytes).bits_per_byte
+        for name, rows in dataset.held_out.items()
+    }
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -136,17 +192,17 @@ def _generate(options: argparse.Namespace) -> None:
     from training.evaluate import encode_prompt
     from training.export import load_model
     from training.generate import generate_greedy
-    from training.tokenizer import load_tokenizer
 
-    model, codec = load_model(options.model), load_tokenizer(options.model / "tokenizer.json")
+    model = load_model(options.model)
+    tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
     stop_ids = [END_OF_TEXT_ID]
     if options.chat:
-        prompt = encode_prompt(codec, [{"role": "user", "content": options.prompt}])
-        stop_ids += codec.encode("\n\n").ids
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": options.prompt}])
+        stop_ids += tokenizer.encode("\n\n")
     else:
-        prompt = codec.encode(options.prompt).ids
+        prompt = tokenizer.encode(options.prompt)
     [answer] = generate_greedy(model, [prompt or [END_OF_TEXT_ID]], options.max_tokens, stop_ids)
-    print(codec.decode(answer))
+    print(tokenizer.decode(answer))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ class SourceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     path: str = (
         ""  # below the data directory: .txt, .jsonl (either gzipped), or a .bin with its .idx; or made: see `made`
     )
-    made: Literal["", "short", "medium", "long", "stories"] = ""  # our own dialogues; "stories" wraps those at `path`
+    made: Literal["", "short", "medium", "long", "strange", "stories"] = (
+        ""  # our own dialogues; "stories" wraps those at `path`
+    )
     num_documents: int = 0  # how many to make; 0: as many as `path` has
     weight: float | list[float] = 1.0  # share of the rows; a list is interpolated over the curriculum
     user_loss: float = 0.0  # weight of the loss on a user's words; an assistant's have 1
@@ -43,7 +45,7 @@ class DataSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The mixture and how it is cut into rows."""
 
     sources: list[SourceSection]
-    tokenizer: str = "tokenizer.json"  # below the run's directory
+    tokenizer: str = "auto"  # the tokenizer.json of the run, made if there is none; or world, bytes, a path
     row_tokens: int = 512
     rows_per_step: int = 8  # of all processes and accumulations together
     curriculum_steps: int = 0  # over which weights move from first to last; afterwards they stay

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from engine.tokenizer.tokenizer import Tokenizer
 from training.config import DataSection
 from training.documents import Document
 
@@ -52,23 +52,20 @@ class TokenTable:
         return TokenTable(**load_file(path))
 
 
-def encode_documents(documents: Iterable[Document], codec: Tokenizer) -> TokenTable:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> TokenTable:
     """Return the documents' tokens. A piece's weight is that of its tokens."""
-    dtype: type[np.integer[Any]] = np.uint16 if codec.get_vocab_size() <= 1 << 16 else np.int32
+    dtype: type[np.integer[Any]] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     ids: list[list[int]] = []
     weights: list[NDArray[np.uint8]] = []
     sizes = [0]
-    remaining = iter(documents)
-    while batch := list(islice(remaining, 1024)):
-        encodings = iter(codec.encode_batch_fast([piece.text for piece in chain(*batch)], add_special_tokens=False))
-        for document in batch:
-            size = 0
-            for piece in document:
-                piece_ids = next(encodings).ids
-                ids.append(piece_ids)
-                weights.append(np.full(len(piece_ids), round(piece.weight * _WEIGHT_SCALE), dtype=np.uint8))
-                size += len(piece_ids)
-            sizes.append(size)
+    for document in documents:
+        pieces = [tokenizer.encode(piece.text) for piece in document]
+        ids += pieces
+        weights += [
+            np.full(len(piece_ids), round(piece.weight * _WEIGHT_SCALE), dtype=np.uint8)
+            for piece, piece_ids in zip(document, pieces, strict=True)
+        ]
+        sizes.append(sum(map(len, pieces)))
     flat = np.fromiter(chain.from_iterable(ids), dtype=dtype)
     return TokenTable(flat, np.concatenate(weights), np.cumsum(sizes, dtype=np.int64))
 

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from training.facts import Fact, Half, Kind, lexicon, values
+from training.facts import Fact, Half, Kind, held_out_words, lexicon, values
 
 Message = dict[str, str]
-Level = Literal["short", "medium", "long"]
+Level = Literal["short", "medium", "long", "strange"]
 
-_TURNS: dict[Level, tuple[int, int]] = {"short": (2, 6), "medium": (6, 12), "long": (11, 18)}
-_GAPS: dict[Level, tuple[int, int]] = {"short": (0, 1), "medium": (1, 4), "long": (2, 14)}
+_TURNS: dict[Level, tuple[int, int]] = {"short": (2, 6), "medium": (6, 12), "long": (11, 18), "strange": (3, 9)}
+_GAPS: dict[Level, tuple[int, int]] = {"short": (0, 1), "medium": (1, 4), "long": (2, 14), "strange": (0, 3)}
+_INVENTED = {"names": 0.25, "pet_names": 0.25}  # share of values that are in no list
+_STRANGE = dict.fromkeys(("names", "pet_names", "cities", "colors", "foods", "words"), 0.8)
 
 
 _OPENINGS = (
@@ -45,6 +47,7 @@ _NOTED = (
     "That is good to know.",
     "Thanks, I will keep that in mind.",
 )
+_OPEN_LISTS = ("names", "pet_names", "cities", "foods", "words", "animals", "jobs", "hobbies", "colors")
 _ONSETS = (
     "B",
     "D",
@@ -103,6 +106,7 @@ class _Talk:
 
     rng: random.Random
     half: Half
+    invented: dict[str, float]  # share of invented values, by list
     messages: list[Message] = field(default_factory=list)
     facts: dict[tuple[str, str], Fact] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
@@ -116,8 +120,12 @@ class _Talk:
 
 
 def dialogue(level: Level, seed: int, index: int) -> list[Message]:
-    """The training dialogue number `index` of a level: user and assistant in turn."""
-    talk = _Talk(random.Random(f"{seed}/{level}/{index}"), "training")
+    """The training dialogue number `index` of a level: user and assistant in turn.
+
+    Levels differ in length and in how far questions are from what they ask for; `strange` ones have many invented
+    words, which can only be copied.
+    """
+    talk = _Talk(random.Random(f"{seed}/{level}/{index}"), "training", _STRANGE if level == "strange" else _INVENTED)
     rng = talk.rng
     num_turns = rng.randint(*_TURNS[level])
     if rng.random() < 0.3:
@@ -140,7 +148,7 @@ def recall_probe(distance: int, seed: int, index: int, half: Half = "held out") 
 
     `distance` counts the turns from the last telling to the question: 1 asks at once.
     """
-    talk = _Talk(random.Random(f"{seed}/probe/{index}"), half)
+    talk = _Talk(random.Random(f"{seed}/probe/{index}"), half, _INVENTED if half == "training" else {})
     rng = talk.rng
     facts = [_draw(talk, kind) for kind in lexicon().kinds[:3]]  # name, colour, pet
     if rng.random() < 0.5:
@@ -187,8 +195,11 @@ def _draw(talk: _Talk, kind: Kind) -> Fact:
         value = str(rng.randint(0, 99))
     elif kind.values == "codes":
         value = "".join(rng.choice("0123456789") for _ in range(rng.choice((2, 3, 4, 4))))
-    elif kind.values in ("names", "pet_names") and talk.half == "training" and rng.random() < 0.25:
-        value = _invented_name(rng)
+    elif kind.values in talk.invented and rng.random() < talk.invented[kind.values]:
+        strange = talk.invented is _STRANGE
+        value = _spliced_word(rng) if strange and rng.random() < 0.7 else _invented_name(rng)
+        if values(kind.values)[0].islower():
+            value = value.lower()
     else:
         value = rng.choice(values(kind.values, talk.half))
     return Fact(kind, rng.choice(kind.subjects), value)
@@ -201,8 +212,17 @@ def _invented_name(rng: random.Random) -> str:
         for _ in range(rng.choice((1, 1, 2))):
             name += rng.choice("bdfgklmnprstvz") + rng.choice(_VOWELS)
         name += rng.choice(_ENDINGS)
-        if name not in values("names", "held out") and name not in values("pet_names", "held out"):
+        if name.lower() not in held_out_words():
             return name
+
+
+def _spliced_word(rng: random.Random) -> str:
+    """The beginning of one word of our lists and the end of another, so that pieces of all kinds are to be copied."""
+    while True:
+        first, second = (rng.choice(values(rng.choice(_OPEN_LISTS), "training")).split()[-1] for _ in range(2))
+        word = (first[: rng.randint(1, len(first))] + second[rng.randint(0, len(second) - 1) :]).capitalize()
+        if 3 <= len(word) <= 10 and word.lower() not in held_out_words():
+            return word
 
 
 def _tell(talk: _Talk, count: int) -> None:
@@ -315,7 +335,8 @@ def _small_talk(talk: _Talk) -> None:
     """A turn about something else; none is repeated within a dialogue."""
     rng = talk.rng
     for _ in range(8):
-        user, assistant = _exchange(rng)
+        strange = talk.invented is _STRANGE and rng.random() < 0.4
+        user, assistant = _repeat(rng, _strange_words(rng)) if strange else _exchange(rng)
         if user not in talk.used:
             break
     talk.used.add(user)
@@ -328,10 +349,7 @@ def _exchange(rng: random.Random) -> tuple[str, str]:
         user, assistant = rng.choice(lexicon().exchanges)
         return (user, assistant) if rng.random() < 0.8 else (_casing(rng, user, user[-1]), assistant)
     if style < 0.72:
-        phrase = " ".join(rng.choices(values("words"), k=rng.randint(1, 5)))
-        return rng.choice(("Repeat after me: {}", "Say this: {}", "Please repeat: {}", "Say {}")).format(
-            phrase
-        ), _capital(phrase) + "."
+        return _repeat(rng, " ".join(rng.choices(values("words"), k=rng.randint(1, 5))))
     if style < 0.79:
         return _sum(rng)
     if style < 0.83:
@@ -339,6 +357,16 @@ def _exchange(rng: random.Random) -> tuple[str, str]:
         numbers = ", ".join(str(start + step) for step in range(5))
         return f"Count from {start} to {start + 4}.", numbers + "."
     return _lookup(rng)
+
+
+def _repeat(rng: random.Random, phrase: str) -> tuple[str, str]:
+    request = rng.choice(("Repeat after me: {}", "Say this: {}", "Please repeat: {}", "Say {}"))
+    return request.format(phrase), _capital(phrase) + "."
+
+
+def _strange_words(rng: random.Random) -> str:
+    words = [_spliced_word(rng) for _ in range(rng.randint(1, 4))]
+    return " ".join(words if rng.random() < 0.5 else map(str.lower, words))
 
 
 def _sum(rng: random.Random) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from training.config import SourceSection
 from training.dialogues import Level, Message, dialogue, story_dialogue
 
 BORDER = "\n\n"
+DOCUMENT_CHARS = 1 << 14  # of a plain text, which has no borders of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class _Record(msgspec.Struct):
 def read_documents(source: SourceSection, data_dir: Path, seed: int) -> Iterator[Document]:
     """Yield a source's documents, in their order in the file or of their making."""
     match source.made:
-        case "short" | "medium" | "long":
+        case "short" | "medium" | "long" | "strange":
             level: Level = source.made
             for index in range(source.num_documents):
                 yield chat(dialogue(level, seed, index), source.user_loss)
@@ -83,4 +84,14 @@ def _records(path: Path) -> Iterator[_Record]:
         for line in data.splitlines():
             yield msgspec.json.decode(line, type=_Record)
     else:
-        yield _Record(text=data.decode())
+        for text in cut_text(data.decode(), DOCUMENT_CHARS):
+            yield _Record(text=text)
+
+
+def cut_text(text: str, num_chars: int) -> Iterator[str]:
+    """Cut a long text at blank lines into pieces of at least `num_chars`, so that some can be held out."""
+    begin = 0
+    while (end := text.find(BORDER, begin + num_chars)) >= 0:
+        yield text[begin:end]
+        begin = end + len(BORDER)
+    yield text[begin:]

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from engine.tokenizer.tokenizer import Tokenizer
 from training.data import Batch, Rows
 from training.dialogues import recall_probe
 from training.documents import BORDER, chat
+from training.facts import Half
 from training.generate import generate_greedy
 from training.model import Rwkv7
 
@@ -71,13 +72,16 @@ def token_losses(model: Rwkv7, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def recall(
-    model: Rwkv7, codec: Tokenizer, distance: int, num_probes: int, seed: int = 0
+    model: Rwkv7, tokenizer: Tokenizer, distance: int, num_probes: int, *, half: Half = "held out", seed: int = 0
 ) -> tuple[float, list[tuple[str, str]]]:
-    """The share of held-out facts that greedy answers name `distance` turns later, and every (expected, answer)."""
-    probes = [recall_probe(distance, seed, index) for index in range(num_probes)]
-    prompts = [encode_prompt(codec, probe.messages) for probe in probes]
-    stops = [0, codec.encode(BORDER, add_special_tokens=False).ids[0]]
-    answers = [codec.decode(ids) for ids in generate_greedy(model, prompts, _ANSWER_TOKENS, stops)]
+    """The share of facts that greedy answers name `distance` turns later, and every (expected, answer).
+
+    The facts are of values that no training dialogue tells, or of those that some do, in dialogues never seen.
+    """
+    probes = [recall_probe(distance, seed, index, half) for index in range(num_probes)]
+    prompts = [encode_prompt(tokenizer, probe.messages) for probe in probes]
+    stops = [0, tokenizer.encode(BORDER)[0]]
+    answers = [tokenizer.decode(ids) for ids in generate_greedy(model, prompts, _ANSWER_TOKENS, stops)]
     pairs = [(probe.expected, answer) for probe, answer in zip(probes, answers, strict=True)]
     return sum(names(answer, expected) for expected, answer in pairs) / num_probes, pairs
 
@@ -88,7 +92,7 @@ def names(answer: str, expected: str) -> bool:
     return f" {expected.lower()} " in f" {padded} "
 
 
-def encode_prompt(codec: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     """Encode a dialogue that waits for an answer, as the server does."""
     pieces = [piece.text for piece in chat(messages, 0.0)] + [BORDER, "Assistant:"]
-    return [token for encoding in codec.encode_batch(pieces, add_special_tokens=False) for token in encoding.ids]
+    return [token for piece in pieces for token in tokenizer.encode(piece)]

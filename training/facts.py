@@ -69,3 +69,14 @@ def values(name: str, half: Half | None = None) -> list[str]:
     if half is None or len(everything) < _FEWEST_TO_SPLIT:
         return everything
     return [value for index, value in enumerate(everything) if (index % HELD_OUT_STRIDE == 3) == (half == "held out")]
+
+
+@cache
+def held_out_words() -> frozenset[str]:
+    """Return every held-out value of any list, in small letters: no invented word may be one."""
+    return frozenset(
+        value.lower()
+        for name, everything in lexicon().values.items()
+        if len(everything) >= _FEWEST_TO_SPLIT
+        for value in values(name, "held out")
+    )

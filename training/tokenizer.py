@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-END_OF_TEXT = "<|endoftext|>"
+from engine.tokenizer.tokenizer import END_OF_TEXT
 
 # Words with the space before them, digits one by one, runs of newlines whole. A run of newlines is a token border
 # whatever follows it, so a conversation that is encoded turn by turn has the tokens of the whole text.
@@ -32,19 +31,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     codec.train_from_iterator(texts, trainer)
     return codec
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`; text that looks like a special token stays text."""
-    codec = Tokenizer.from_file(str(path))
-    codec.encode_special_tokens = True
-    return codec
-
-
-def bytes_per_token(codec: Tokenizer) -> list[int]:
-    """The number of bytes of text behind each id; 0 for the end of text."""
-    sizes = [0] * codec.get_vocab_size()
-    special = {index for index, token in codec.get_added_tokens_decoder().items() if token.special}
-    for token, index in codec.get_vocab().items():
-        sizes[index] = 0 if index in special else len(token)  # one printable character stands for a byte
-    return sizes

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from engine.tokenizer.loading import load as load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
 from training.adapters import adapt, trained_weights
+from training.binidx import read_binidx
 from training.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig
 from training.data import Lanes, Mixture, Rows, TokenTable, encode_documents, held_out, one_per_row, pack
@@ -25,7 +27,6 @@ from training.optimizer import make_optimizer, set_learning_rate
 from training.processes import Processes, StopFlag
 from training.schedule import learning_rate
 from training.step import LanguageModelLoss, take_step
-from training.tokenizer import bytes_per_token, load_tokenizer
 
 _RECALL_DISTANCES = (1, 3, 8)
 
@@ -61,13 +62,21 @@ def prepare_data(config: TrainConfig, run_dir: Path, data_dir: Path) -> Dataset:
     return Dataset(batches, evaluation, {name: rows.num_tokens for name, rows in training.items()})
 
 
+def open_tokenizer(config: TrainConfig, run_dir: Path) -> Tokenizer:
+    """Return the run's tokenizer: one of those that the server knows."""
+    return load_tokenizer(config.data.tokenizer, run_dir, config.model.vocab_size)
+
+
 def _token_tables(config: TrainConfig, run_dir: Path, data_dir: Path) -> dict[str, TokenTable]:
     tables = {}
     for source in config.data.sources:
         path = run_dir / "tokens" / f"{source.name}.safetensors"
+        if source.path.endswith(".bin"):
+            tables[source.name] = read_binidx(data_dir / source.path)
+            continue
         if not path.exists():
-            codec = load_tokenizer(run_dir / config.data.tokenizer)
-            encode_documents(read_documents(source, data_dir, config.run.seed), codec).save(path)
+            tokenizer = open_tokenizer(config, run_dir)
+            encode_documents(read_documents(source, data_dir, config.run.seed), tokenizer).save(path)
         tables[source.name] = TokenTable.load(path)
     return tables
 
@@ -87,8 +96,8 @@ def train(config: TrainConfig, run_dir: Path, data_dir: Path, *, max_minutes: fl
     torch.manual_seed(run.seed)
 
     dataset = prepare_data(config, run_dir, data_dir)
-    codec = load_tokenizer(run_dir / config.data.tokenizer)
-    token_bytes = torch.tensor(bytes_per_token(codec), dtype=torch.float32)
+    tokenizer = open_tokenizer(config, run_dir)
+    token_bytes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
 
     model = make_model(config).to(torch.device(run.device)).train()
     optimizer = make_optimizer(model, settings)
@@ -126,7 +135,7 @@ def train(config: TrainConfig, run_dir: Path, data_dir: Path, *, max_minutes: fl
                 values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": rate, "tokens_per_second": speed}
                 _write(sinks, progress, values)
             if processes.is_first and (progress.step % run.eval_every == 0 or progress.step == run.num_steps):
-                values = evaluate(model, codec, dataset.held_out, token_bytes, run.eval_rows, run.num_probes)
+                values = evaluate(model, tokenizer, dataset.held_out, token_bytes, run.eval_rows, run.num_probes)
                 _write(sinks, progress, values)
                 bar.write(f"{progress.step:6d} " + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
                 if progress.best_loss is None or values["eval/loss"] < progress.best_loss:
@@ -153,7 +162,7 @@ def make_model(config: TrainConfig) -> Rwkv7:
 
 
 def evaluate(
-    model: Rwkv7, codec: Tokenizer, held_out: dict[str, Rows], token_bytes: Tensor, max_rows: int, num_probes: int
+    model: Rwkv7, tokenizer: Tokenizer, held_out: dict[str, Rows], token_bytes: Tensor, max_rows: int, num_probes: int
 ) -> dict[str, float]:
     """Loss and bits per byte of every source and of all, and recall by `num_probes` probes a distance."""
     values: dict[str, float] = {}
@@ -164,7 +173,7 @@ def evaluate(
         nats, weight, num_bytes = nats + score.nats, weight + score.weight, num_bytes + score.num_bytes
     values["eval/loss"] = nats / max(weight, 1.0)
     for distance in _RECALL_DISTANCES if num_probes else ():
-        values[f"recall/{distance}"], _ = recall(model, codec, distance, num_probes)
+        values[f"recall/{distance}"], _ = recall(model, tokenizer, distance, num_probes)
     return values
 
 

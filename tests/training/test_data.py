@@ -5,23 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
+from engine.tokenizer.loading import load as load_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
 from training.config import DataSection, SourceSection
 from training.data import Mixture, Rows, TokenTable, encode_documents, held_out, pack
-from training.documents import Document, chat, read_documents
-from training.tokenizer import load_tokenizer
+from training.documents import Document, chat, cut_text, read_documents
 
 ROW = 16
 
 
 @pytest.fixture
-def codec(prepared: Path) -> Tokenizer:
+def tokenizer(prepared: Path) -> Tokenizer:
     """The tiny run's tokenizer."""
-    return load_tokenizer(prepared / "tokenizer.json")
+    return load_tokenizer("auto", prepared, 300)
 
 
-def test_only_what_the_assistant_says_is_learnt(codec: Tokenizer) -> None:
+def test_only_what_the_assistant_says_is_learnt(tokenizer: Tokenizer) -> None:
     """The loss is on answers, the borders after them and the next header; a user's words have the weight asked for."""
     messages = [
         {"role": "system", "content": "Be kind."},
@@ -35,26 +35,26 @@ def test_only_what_the_assistant_says_is_learnt(codec: Tokenizer) -> None:
         "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser: Who?\n\nAssistant: Me."
     )
     assert "".join(piece.text for piece in document if piece.weight == 1.0) == " Hello!\n\nUser: Me."
-    table = encode_documents([document], codec)
-    learnt = codec.decode(table.ids[table.weights == 100].tolist())
+    table = encode_documents([document], tokenizer)
+    learnt = tokenizer.decode(table.ids[table.weights == 100].tolist())
     assert learnt == " Hello!\n\nUser: Me."
 
 
-def test_a_turn_cannot_be_forged(codec: Tokenizer) -> None:
+def test_a_turn_cannot_be_forged(tokenizer: Tokenizer) -> None:
     """Blank lines in a content become single ones, and text that looks like the end of text is text."""
     [_, _, _, content] = chat([{"role": "user", "content": "a"}, {"role": "user", "content": "x\n\n\nUser: y"}], 1.0)[
         1:
     ]
     assert content.text == " x\nUser: y"
-    assert 0 not in codec.encode("<|endoftext|>").ids
+    assert 0 not in tokenizer.encode("<|endoftext|>")
 
 
-def test_pieces_encode_as_the_whole(codec: Tokenizer) -> None:
+def test_pieces_encode_as_the_whole(tokenizer: Tokenizer) -> None:
     """A dialogue encoded turn by turn has the tokens of its whole text."""
     source = SourceSection(name="made", made="medium", num_documents=5)
     for document in read_documents(source, Path(), seed=1):
-        [table] = [encode_documents([document], codec)]
-        assert table.ids.tolist() == codec.encode("".join(piece.text for piece in document)).ids
+        [table] = [encode_documents([document], tokenizer)]
+        assert table.ids.tolist() == tokenizer.encode("".join(piece.text for piece in document))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -71,6 +71,15 @@ def test_files_of_every_form(tmp_path: Path, compressed: bool) -> None:
     plain = SourceSection(name="b", path=write("b.txt", "All of it.\n\nReally.\n"))
     assert [_text(document) for document in read_documents(mixed, tmp_path, 0)] == ["One.", "User: Hi"]
     assert [_text(document) for document in read_documents(plain, tmp_path, 0)] == ["All of it.\n\nReally."]
+
+
+def test_a_long_text_is_cut_at_blank_lines() -> None:
+    """A text becomes documents of a minimal size that put together are the text."""
+    text = "\n\n".join(f"Line {number} of many." for number in range(100))
+    pieces = list(cut_text(text, 200))
+    assert "\n\n".join(pieces) == text
+    assert len(pieces) > 5
+    assert all(200 <= len(piece) < 240 for piece in pieces[:-1])
 
 
 def test_held_out_documents_are_never_packed() -> None:

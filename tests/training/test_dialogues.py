@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from engine.tokenizer.loading import load as load_tokenizer
 from training.dialogues import Level, dialogue, recall_probe, story_dialogue
 from training.evaluate import encode_prompt, names
 from training.facts import lexicon, values
-from training.tokenizer import load_tokenizer
 
-LEVELS: tuple[Level, ...] = ("short", "medium", "long")
+LEVELS: tuple[Level, ...] = ("short", "medium", "long", "strange")
 
 
 def test_dialogues_are_what_they_were() -> None:
     """The dialogues that a published model was trained on can be made again, to the letter."""
     digest = hashlib.sha256()
-    for level in LEVELS:
+    for level in LEVELS[:3]:
         for index in range(200):
             digest.update(json.dumps(dialogue(level, 7, index)).encode())
     assert digest.hexdigest()[:8] == "a35c4ac7"
@@ -82,6 +82,6 @@ def test_stories_are_asked_for_or_continued() -> None:
 
 def test_prompts_end_where_the_answer_begins(prepared: Path) -> None:
     """A dialogue that waits for an answer is encoded as the server encodes it."""
-    codec = load_tokenizer(prepared / "tokenizer.json")
-    ids = encode_prompt(codec, [{"role": "user", "content": "Hi"}])
-    assert codec.decode(ids) == "User: Hi\n\nAssistant:"
+    tokenizer = load_tokenizer("auto", prepared, 300)
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(ids) == "User: Hi\n\nAssistant:"

@@ -51,8 +51,16 @@ def test_from_text_to_an_answer(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     main(["eval", "--model", str(directory), "--text", str(text), "--recall", "2"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results.keys() == {"bits_per_byte/text.txt", *(f"recall/{distance}" for distance in (1, 3, 5, 8, 12))}
+    assert results.keys() == {
+        "bits_per_byte/text.txt",
+        *(f"{measure}/{distance}" for measure in ("recall", "recall_of_known_values") for distance in (1, 3, 5, 8, 12)),
+    }
     assert 0 < results["bits_per_byte/text.txt"] < 20
+    config = ["--config", str(tmp_path / "train.toml"), "--run", str(run_dir)]
+    main(["eval", "--model", str(directory), *config])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == {"held_out/short/bits_per_byte"}
+    main(["curves", "--run", str(run_dir), "--to", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     main(["generate", "--model", str(directory), "--prompt", "Hi", "--chat", "--max-tokens", "3"])
 
 

@@ -131,8 +131,8 @@ def test_logit_penalty_pulls_the_largest_logit_down() -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_only_the_first_process_writes(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
-    """Two processes under torchrun, gloo on the CPU, take the steps of one process and write one run."""
+def test_two_processes_take_the_steps_of_one(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
+    """Two processes as torchrun starts them, gloo on the CPU, end where one process ends, and only the first writes."""
     alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
     short = config.with_run(num_steps=3)
     train(short, alone, Path())
