@@ -128,16 +128,16 @@ def _recurrence(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token, out of place so that it has gradients."""
-    B, T, H, _ = r.shape
+    B, _, H, _ = r.shape
     S = r.new_zeros(B, H, N, N) if state is None else state
     outputs = []
-    for t in range(T):
+    # Unbound once: a slice a token would make each token's gradient as large as the whole sequence.
+    for t, (r_t, w_t, k_t, v_t, a_t, b_t) in enumerate(zip(*(x.unbind(1) for x in (r, w, k, v, a, b)), strict=True)):
         if resets is not None:
             S = S.masked_fill(resets[:, t].view(B, 1, 1, 1), 0.0)
-        removed = S @ a[:, t].unsqueeze(3)
-        S = S * w[:, t].exp().unsqueeze(2) + removed * b[:, t].unsqueeze(2)
-        S = S + v[:, t].unsqueeze(3) * k[:, t].unsqueeze(2)
-        outputs.append((S @ r[:, t].unsqueeze(3)).squeeze(3))
+        removed = S @ a_t.unsqueeze(3)
+        S = S * w_t.exp().unsqueeze(2) + removed * b_t.unsqueeze(2) + v_t.unsqueeze(3) * k_t.unsqueeze(2)
+        outputs.append((S @ r_t.unsqueeze(3)).squeeze(3))
     return torch.stack(outputs, dim=1), S
 
 
