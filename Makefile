@@ -26,7 +26,7 @@ serve: install
 	$(BIN)/sostenuto serve $(MODEL) $(ARGS)
 
 test: install
-	@deploy/ensure_services.sh redis-server prometheus
+	@deploy/ensure_services.sh redis-server prometheus curl
 	$(BIN)/python -m pytest $(ARGS)
 
 check: install
