@@ -29,7 +29,7 @@ Activation = Literal["none", "tanh", "sigmoid"]
 _library = torch.library.Library("sostenuto", "DEF")  # type: ignore[no-untyped-call]
 
 _SCHEMAS = {
-    "pack_linear": "(Tensor weight) -> Tensor",
+    "pack_linear": "(Tensor weight, bool int8=False) -> Tensor",
     "linear": "(Tensor x, Tensor weight, int out_features) -> Tensor",
     "low_rank": "(Tensor x, Tensor down, Tensor up, int rank, Tensor? bias, str activation, str output_activation, "
     "int out_features, ScalarType dtype) -> Tensor",
@@ -67,13 +67,15 @@ class Linear:
     """A weight matrix `[out, in]`, packed once for the device it lies on; called with rows.
 
     `x[T, in] -> [T, out]` in `x`'s dtype; the product is computed in the weight's dtype with float32 accumulation.
+    `int8`: the weights become integers with a scale for each output where the backend is faster so, and stay what they
+    are elsewhere.
     """
 
     __slots__ = ("in_features", "out_features", "packed")
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, int8: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self.packed: torch.Tensor = _ops.pack_linear.default(weight)
+        self.packed: torch.Tensor = _ops.pack_linear.default(weight, int8)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x @ weight.T`."""

@@ -35,8 +35,8 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def pack_linear(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight` in the layout that `linear` reads fastest.
+def pack_linear(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
+    """Return `weight` in the layout that `linear` reads fastest. PyTorch gains nothing from int8: it is left as it is.
 
     On CPU that is oneDNN's blocked layout: two to three times faster, and unlike `F.linear` its result for a row does
     not depend on how many rows there are. The operators are PyTorch's own but private, hence the way back.

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     tokenizer: str = Field("auto", description="auto, bytes, world, or the path of a tokenizer.json")
     template: str = Field("auto", description="chat template; auto chooses by model and tokenizer")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="of the weights; states are always float32"
     )
     head_norm_eps: PositiveFloat | None = Field(

@@ -19,6 +19,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+INT8 = "int8"  # large matrices only, where the device is faster so; the rest as for a 16-bit file
+
 # Below this size a model is read in float32 whatever its file holds: exact, and the memory it takes does not matter.
 SMALL_MODEL_PARAMETERS = 32_000_000
 
@@ -30,7 +32,7 @@ def load_model(
     weights = check_weights(str(path), open_weights(path))
     config = model_config(weights, head_norm_eps)
     chosen = choose_dtype(dtype, weights.tensors["head.weight"].dtype, config.num_parameters, device)
-    return RWKV7(config, lambda name: weights.prepared(name, device, chosen), chosen)
+    return RWKV7(config, lambda name: weights.prepared(name, device, chosen), chosen, int8=dtype == INT8)
 
 
 def model_config(weights: CheckedWeights, head_norm_eps: float | None = None) -> ModelConfig:
@@ -54,8 +56,11 @@ def choose_dtype(name: str, stored: torch.dtype, num_parameters: int, device: to
     """Return the dtype of weights and activations that `name` means; `auto` chooses.
 
     `auto` is bfloat16 for a 16-bit file where the device multiplies bfloat16 in hardware, and float32 otherwise:
-    float16 is never chosen, being slow on CPUs. Small models are float32 always.
+    float16 is never chosen, being slow on CPUs. Small models are float32 always. With `int8` it is the dtype of what is
+    not int8.
     """
+    if name == INT8:
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if name != "auto":
         return DTYPES[name]
     if stored == torch.float32 or num_parameters < SMALL_MODEL_PARAMETERS or not _multiplies_bfloat16(device):

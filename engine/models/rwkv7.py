@@ -27,18 +27,20 @@ Weights = Callable[[str], torch.Tensor]  # the prepared tensor of a name
 class RWKV7:
     """A model with its weights on one device. Not thread-safe in what concerns one pool."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype, int8: bool = False) -> None:
+        """Take weights of `dtype`; `int8` quantises the large matrices where that is faster."""
         self.config = config
         self.dtype = dtype
+        self.int8 = int8
         self.embedding = weights("emb.weight")  # [V, C]
         self.device = self.embedding.device
         self._rwkv7 = operators.runnable(
             operators.Weights(
                 embedding=self.embedding,
                 ln0=_norm(weights, "blocks.0.ln0."),
-                layers=[_layer(config, weights, index, dtype) for index in range(config.num_layers)],
+                layers=[_layer(config, weights, index, dtype, int8) for index in range(config.num_layers)],
                 ln_out=_norm(weights, "ln_out."),
-                head=Linear(weights("head.weight")),
+                head=Linear(weights("head.weight"), int8),
             ),
             dtype,
         )
@@ -52,29 +54,31 @@ class RWKV7:
         return self._rwkv7.logits(hidden)
 
 
-def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> operators.Layer:
+def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype, int8: bool) -> operators.Layer:
     return operators.Layer(
-        _time_mixing(config, weights, index, dtype),
+        _time_mixing(config, weights, index, dtype, int8),
         operators.ChannelMixing(
             norm=_norm(weights, f"blocks.{index}.ln2."),
             mix=weights(f"blocks.{index}.ffn.x_k")[None],
-            key=Linear(weights(f"blocks.{index}.ffn.key.weight")),
-            value=Linear(weights(f"blocks.{index}.ffn.value.weight")),
+            key=Linear(weights(f"blocks.{index}.ffn.key.weight"), int8),
+            value=Linear(weights(f"blocks.{index}.ffn.value.weight"), int8),
         ),
     )
 
 
-def _time_mixing(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> operators.TimeMixing:
+def _time_mixing(
+    config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype, int8: bool
+) -> operators.TimeMixing:
     def w(name: str) -> torch.Tensor:
         return weights(f"blocks.{index}.att.{name}")
 
     return operators.TimeMixing(
         norm=_norm(weights, f"blocks.{index}.ln1."),
         mix=torch.stack([w(f"x_{name}") for name in "rwkvag"]),
-        receptance=Linear(w("receptance.weight")),
-        key=Linear(w("key.weight")),
-        value=Linear(w("value.weight")),
-        output=Linear(w("output.weight")),
+        receptance=Linear(w("receptance.weight"), int8),
+        key=Linear(w("key.weight"), int8),
+        value=Linear(w("value.weight"), int8),
+        output=Linear(w("output.weight"), int8),
         decay=LowRank(w("w1"), w("w2"), w("w0"), torch.float32, activation="tanh"),
         rate=LowRank(w("a1"), w("a2"), w("a0"), dtype, output_activation="sigmoid"),
         gate=LowRank(w("g1"), w("g2"), None, dtype, activation="sigmoid"),

@@ -82,6 +82,10 @@ def can_fuse(operators: Operators, weights: Weights) -> bool:
     def kinds(layer: Layer) -> list[torch.dtype]:
         return [tensor.dtype for tensor in _packed(layer)]
 
+    def value_rows_agree(layer: Layer) -> bool:
+        p = layer.time_mixing
+        return p.value_mix is None or p.value.packed.dtype in (torch.int8, p.value_mix.down.dtype)
+
     first, *others = weights.layers
     return (
         operators.enabled
@@ -89,7 +93,8 @@ def can_fuse(operators: Operators, weights: Weights) -> bool:
         and is_packed_here(weights.head.packed)
         and all(is_packed_here(tensor) for layer in weights.layers for tensor in _packed(layer))
         and all(kinds(layer) == kinds(others[0]) for layer in others)
-        and all(layer.time_mixing.value_mix is not None for layer in others)
+        and all(kinds(first) == kinds(layer)[: len(kinds(first))] for layer in others)
+        and all(layer.time_mixing.value_mix is not None and value_rows_agree(layer) for layer in others)
         and first.time_mixing.value_mix is None
         and first.time_mixing.r_k.shape[1] <= operators.team.max_head_size
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+WEIGHT_FORMATS = FORMATS | {torch.int8: 2}
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2, "relu_squared": 3}
 
 
@@ -137,7 +138,7 @@ _SIGNATURES = {
     "sostenuto_target": (c_char_p, []),
     "sostenuto_max_head_size": (c_int64, []),
     "sostenuto_packed_bytes": (c_int64, [c_int64, c_int64, c_int32]),
-    "sostenuto_pack": (None, [c_void_p, c_void_p, c_int64, POINTER(Matrix)]),
+    "sostenuto_pack": (None, [c_void_p, POINTER(Rows), POINTER(Matrix)]),
     "sostenuto_linear": (None, [c_void_p, c_int64, POINTER(Rows), POINTER(Matrix), POINTER(Rows)]),
     "sostenuto_apply_low_rank": (None, [c_void_p, c_int64, POINTER(Rows), POINTER(LowRank), POINTER(Rows)]),
     "sostenuto_shift_mix": (

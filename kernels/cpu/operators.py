@@ -13,7 +13,7 @@ import torch
 
 from kernels import eager
 from kernels.cpu import library
-from kernels.cpu.library import ACTIVATIONS, FORMATS, Matrix, Rows, Team
+from kernels.cpu.library import ACTIVATIONS, FORMATS, WEIGHT_FORMATS, Matrix, Rows, Team
 
 
 class Operators:
@@ -23,18 +23,16 @@ class Operators:
         self.team = team
         self.enabled = True
 
-    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+    def pack_linear(self, weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
         """See `kernels.Linear`."""
         if not self.enabled or weight.dtype not in FORMATS:
-            return eager.pack_linear(weight)
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        out_features, in_features = weight.shape
-        matrix = Matrix(None, out_features, in_features, FORMATS[weight.dtype])
-        num_bytes = self.team.library.sostenuto_packed_bytes(out_features, in_features, matrix.format)
-        packed = weight.new_empty(num_bytes // weight.element_size())
+            return eager.pack_linear(weight, int8)
+        rows, dtype = _readable(weight), torch.int8 if int8 else weight.dtype
+        matrix = Matrix(None, *weight.shape, WEIGHT_FORMATS[dtype])
+        num_bytes = self.team.library.sostenuto_packed_bytes(*weight.shape, matrix.format)
+        packed = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
         matrix.data = packed.data_ptr()
-        self.team.library.sostenuto_pack(self.team.handle, weight.data_ptr(), weight.stride(0), byref(matrix))
+        self.team.library.sostenuto_pack(self.team.handle, byref(library.rows(rows)), byref(matrix))
         return packed
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -194,7 +192,7 @@ class Operators:
 
 def as_matrix(packed: torch.Tensor, out_features: int, in_features: int) -> Matrix:
     """Return packed weights as the library sees them."""
-    return Matrix(packed.data_ptr(), out_features, in_features, FORMATS[packed.dtype])
+    return Matrix(packed.data_ptr(), out_features, in_features, WEIGHT_FORMATS[packed.dtype])
 
 
 def is_packed_here(packed: torch.Tensor) -> bool:

@@ -41,6 +41,7 @@ def main() -> None:
             "threads": num_threads,
             "linear_bf16": linear(torch.bfloat16, options.rounds),
             "linear_fp32": linear(torch.float32, options.rounds),
+            "int8_over_bf16": int8(options.rounds),
             "wkv7": wkv7(options.rounds),
             "sampling": sampling(options.rounds),
         }
@@ -99,6 +100,26 @@ def linear(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
         rates = {name: round(F * C * dtype.itemsize / value / 1e9, 2) for name, value in seconds.items()}
         found[str(size)] = rates | {"ratio": round(seconds["pytorch"] / seconds["compiled"], 2)}
         print(f"linear {dtype} B={size:3} GB/s of weights {found[str(size)]}")
+    return found
+
+
+def int8(rounds: int) -> dict[str, float]:
+    """Return how many times faster a product is with int8 weights than with bfloat16 ones."""
+    num_matrices = STREAMED_BYTES // (F * C)
+    plain = torch.randn(F, C).bfloat16()
+    packed = {
+        name: [kernels.Linear(plain, name == "int8").packed for _ in range(num_matrices)] for name in ("bf16", "int8")
+    }
+    found = {}
+    for size in BATCH_SIZES:
+        x = torch.randn(size, C).bfloat16()
+        ways = {
+            name: Way(lambda i, x=x, them=them: torch.ops.sostenuto.linear(x, them[i % num_matrices], F), True)
+            for name, them in packed.items()
+        }
+        seconds = side_by_side(ways, rounds, max(4, num_matrices // max(1, size // 4)))
+        found[str(size)] = round(seconds["bf16"] / seconds["int8"], 2)
+    print(f"int8 over bf16 {found}")
     return found
 
 

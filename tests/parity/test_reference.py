@@ -80,9 +80,9 @@ def test_the_head_norm_eps_of_the_caller_is_used(synthetic_file: Path) -> None:
     assert np.abs(logits.numpy() - reference_logits(synthetic_file, token_ids)).max() > 1e-2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bits_stay_close_to_float64(synthetic_file: Path, dtype: str) -> None:
-    """With 16-bit weights and activations the distribution moves a little, as 8 or 11 bits of mantissa make it."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_fewer_bits_stay_close_to_float64(synthetic_file: Path, dtype: str) -> None:
+    """With 16- or 8-bit weights the distribution moves a little, as 7 to 11 bits of mantissa make it."""
     token_ids = prompt(60, seed=3)
     expected = torch.from_numpy(reference_logits(synthetic_file, token_ids))
     logits, _ = logits_after(load_model(synthetic_file, torch.device("cpu"), dtype), token_ids)

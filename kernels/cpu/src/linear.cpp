@@ -1,42 +1,52 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace sostenuto {
 
 namespace {
 
 constexpr int kPanel = 64;               // outputs of a panel
-constexpr int kVectors = kPanel / W;     // vectors of a panel's step
+constexpr int64_t kLine = 64;            // bytes of a cache line
 constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all rows before the next: stays in L2
 constexpr int64_t kRowsPerTask = 48;     // their sums, 12 KB, stay in L1
 
-// Rows x vectors of sums that fit the target's registers, with room for the weights and an activation.
+// Sums of a tile that fit the target's registers, with room for the weights and an activation.
 #if defined(SOSTENUTO_AVX512)
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileVectors = 4, kTileSums = 24;
 #elif defined(SOSTENUTO_AVX2)
-constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kTileVectors = 2, kTileSums = 8;
 #else
-constexpr int kTileRows = 4, kTileVectors = 4;
+constexpr int kTileVectors = 4, kTileSums = 16;
 #endif
 
-// How one format multiplies: `Step` is what one activation load brings for all lanes.
+// How a format multiplies. A `Word` of weights belongs to one output and takes part in `planes` sums, each with a word of
+// its own of the activations' `Step`.
 struct Float32 {
-    using Step = float;
-    static constexpr int depth = 1;
-    static vec dot(vec sum, const Step* weights, Step x) { return fma(load(weights), broadcast(x), sum); }
+    using Word = float;
+    using Sum = vec;
+    static constexpr int depth = 1, planes = 1;
+    struct Step {
+        Word words[planes];
+    };
+    static vec dot(vec sum, const Word* weights, Word x) { return fma(load(weights), broadcast(x), sum); }
 };
 
 struct BFloat16 {
-    using Step = uint32_t;  // two values
-    static constexpr int depth = 2;
-    static vec dot(vec sum, const Step* weights, Step x) {
+    using Word = uint32_t;  // two values
+    using Sum = vec;
+    static constexpr int depth = 2, planes = 1;
+    struct Step {
+        Word words[planes];
+    };
+    static vec dot(vec sum, const Word* weights, Word x) {
 #if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
         return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(x));
 #else
-        ivec pairs;
-        memcpy(&pairs, weights, sizeof pairs);
+        const ivec pairs = load(reinterpret_cast<const int32_t*>(weights));
         const ivec low = pairs << 16, high = pairs & static_cast<int32_t>(0xffff0000);
         sum = fma((vec)high, broadcast(from_bf16(x >> 16)), sum);
         return fma((vec)low, broadcast(from_bf16(x & 0xffff)), sum);
@@ -44,58 +54,116 @@ struct BFloat16 {
     }
 };
 
-// sums[R][V * W] += weights of `steps` steps times R rows. The sums live in registers for the length of the block.
+struct Int8 {
+    using Word = uint32_t;  // four values, signed; of activations unsigned
+    using Sum = ivec;
+    static constexpr int depth = 4, planes = 2;
+    struct Step {
+        Word words[planes];  // the upper and the lower bytes of four activations
+    };
+    static ivec dot(ivec sum, const Word* weights, Word x) {
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512VNNI__)
+        return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), _mm512_loadu_si512(weights));
+#else
+        const ivec four = load(reinterpret_cast<const int32_t*>(weights));
+        for (int i = 0; i < depth; ++i)
+            sum = sum + ((four << (24 - 8 * i)) >> 24) * static_cast<int32_t>(x >> (8 * i) & 0xff);
+        return sum;
+#endif
+    }
+};
+
+template <typename F>
+constexpr int kTileRows = kTileSums / kTileVectors / F::planes;
+
+template <typename F>
+using Item = std::remove_reference_t<decltype(typename F::Sum{}[0])>;
+
+// The sums of some rows in a panel: planes, rows, outputs.
+template <typename F>
+struct Sums {
+    Item<F>* data;
+    Item<F>* at(int plane, int64_t row) const { return data + (plane * kRowsPerTask + row) * kPanel; }
+};
+
+// sums += weights of `steps` steps times R rows from `row` on, V vectors from output `o` on. The sums live in registers
+// for the length of the block. With every step, `prefetch_bytes` of what comes next are fetched.
 template <typename F, int R, int V>
-void tile(const typename F::Step* x, int64_t x_stride, const typename F::Step* weights, int64_t panel_width,
-          int64_t steps, float* sums, const char* prefetch, int64_t prefetch_stride) {
-    vec s[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) s[r][v] = load(sums + r * kPanel + v * W);
+void tile(const typename F::Step* x, int64_t x_stride, const typename F::Word* weights, int64_t panel_width,
+          int64_t steps, const Sums<F>& sums, int64_t row, int64_t o, const char* prefetch, int64_t prefetch_bytes) {
+    typename F::Sum s[F::planes][R][V];
+    for (int p = 0; p < F::planes; ++p)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) s[p][r][v] = load(sums.at(p, row + r) + o + v * W);
     for (int64_t k = 0; k < steps; ++k) {
-        if (prefetch_stride > 0) {
-            for (int64_t line = 0; line < prefetch_stride; line += 64)
-                __builtin_prefetch(prefetch + k * prefetch_stride + line, 0, 2);
-        }
-        for (int r = 0; r < R; ++r) {
-            const typename F::Step value = x[r * x_stride + k];
-            for (int v = 0; v < V; ++v) s[r][v] = F::dot(s[r][v], weights + k * panel_width + v * W, value);
-        }
+        for (int64_t line = 0; line < prefetch_bytes; line += kLine)
+            __builtin_prefetch(prefetch + k * prefetch_bytes + line, 0, 2);
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < F::planes; ++p) {
+                const typename F::Word word = x[r * x_stride + k].words[p];
+                for (int v = 0; v < V; ++v) s[p][r][v] = F::dot(s[p][r][v], weights + k * panel_width + v * W, word);
+            }
     }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(sums + r * kPanel + v * W, s[r][v]);
+    for (int p = 0; p < F::planes; ++p)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) store(sums.at(p, row + r) + o + v * W, s[p][r][v]);
 }
 
 template <typename F>
-using TileFunction = decltype(&tile<F, 1, 1>);
+using Tile = decltype(&tile<F, 1, 1>);
 
-template <typename F, int V>
-TileFunction<F> tile_for_rows(int rows) {
-    switch (rows) {
-        case 1: return tile<F, 1, V>;
-        case 2: return tile<F, 2, V>;
-        case 3: return tile<F, 3, V>;
-        case 4: return tile<F, 4, V>;
-        case 5: return tile<F, 5, V>;
-        default: return tile<F, 6, V>;
+template <typename F, int V, int R = kTileRows<F>>
+Tile<F> choose_rows(int64_t rows) {
+    if constexpr (R > 1) {
+        if (rows < R) return choose_rows<F, V, R - 1>(rows);
     }
+    return tile<F, R, V>;
+}
+
+template <typename F, int V = kTileVectors>
+Tile<F> choose_tile(int64_t rows, int64_t vectors) {
+    if constexpr (V > 1) {
+        if (vectors < V) return choose_tile<F, V - 1>(rows, vectors);
+    }
+    return choose_rows<F, V>(rows);
+}
+
+// Where int8 weights keep the scale and the sum of each output's weights, and quantised rows theirs.
+const float* output_scales(const Matrix& m) {
+    return reinterpret_cast<const float*>(static_cast<const int8_t*>(m.data) + round_up(m.out, W) * round_up(m.in, 4));
+}
+const int32_t* output_sums(const Matrix& m) {
+    return reinterpret_cast<const int32_t*>(output_scales(m) + round_up(m.out, W));
+}
+float* row_scale(const Rows& quantised, int64_t row, int64_t in) {
+    return reinterpret_cast<float*>(static_cast<uint8_t*>(quantised.data) + row * quantised.stride +
+                                    2 * round_up(in, 4));
+}
+
+// The product's result for a vector of outputs.
+template <typename F>
+vec result(const Sums<F>& sums, int64_t r, int64_t c, const Product&, int64_t, int64_t) {
+    return load(sums.at(0, r) + c);
+}
+
+// Activations are s (256 (high - 128) + low - 128), see `quantise`; weights t w.
+template <>
+vec result<Int8>(const Sums<Int8>& sums, int64_t r, int64_t c, const Product& product, int64_t row, int64_t o) {
+    const ivec offset = load(output_sums(product.weight) + o) * 128;
+    const vec high = to_float(load(sums.at(0, r) + c) - offset), low = to_float(load(sums.at(1, r) + c) - offset);
+    const vec scale = load(output_scales(product.weight) + o) * *row_scale(product.quantised, row, product.weight.in);
+    return fma(high, broadcast(256), low) * scale;
 }
 
 template <typename F>
-TileFunction<F> choose_tile(int rows, int vectors) {
-    switch (vectors) {
-        case 1: return tile_for_rows<F, 1>(rows);
-        case 2: return tile_for_rows<F, 2>(rows);
-        case 3: return tile_for_rows<F, 3>(rows);
-        default: return tile_for_rows<F, 4>(rows);
-    }
-}
-
-void finish(const float* sums, int64_t first_row, int64_t num_rows, int64_t first, int64_t width, const Output& y) {
+void finish(const Sums<F>& sums, int64_t first_row, int64_t num_rows, int64_t first, int64_t width,
+            const Product& product) {
+    const Output& y = product.y;
     for (int64_t r = 0; r < num_rows; ++r) {
         const int64_t row = first_row + r;
         for (int64_t c = 0; c < width; c += W) {
             const int64_t n = std::min<int64_t>(W, width - c);
-            vec value = load(sums + r * kPanel + c);
+            vec value = result<F>(sums, r, c, product, row, first + c);
             if (y.bias != nullptr) value = value + load_first(y.bias + first + c, n);
             value = activate(value, y.activation);
             if (y.add) value = value + get(y.rows, row, first + c, n);
@@ -104,55 +172,107 @@ void finish(const float* sums, int64_t first_row, int64_t num_rows, int64_t firs
     }
 }
 
-// One panel times some rows. `kTileRows` rows share each load of weights; all groups of rows work through a block of
-// weights before the next block, which meanwhile is prefetched: it is next in memory.
+// One panel times some rows. A few rows share each load of weights; all groups of rows work through a block of weights
+// before the next block, which meanwhile is prefetched: it is next in memory.
 template <typename F>
 void multiply_panel(Member& me, const Product& product, int64_t panel, int64_t first_row, int64_t num_rows) {
     using Step = typename F::Step;
+    using Word = typename F::Word;
     const Matrix& m = product.weight;
+    const Rows& rows = m.format == SOSTENUTO_INT8 ? product.quantised : product.x;
     const int64_t steps = round_up(m.in, F::depth) / F::depth;
     const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel);
     const int64_t width = round_up(outputs, W);
-    const Step* weights = static_cast<const Step*>(m.data) + panel * kPanel * steps;
-    const Step* x = static_cast<const Step*>(product.x.data) + first_row * (product.x.stride / F::depth);
-    const int64_t x_stride = product.x.stride / F::depth;
+    const Word* weights = static_cast<const Word*>(m.data) + panel * kPanel * steps;
+    const int64_t x_stride = rows.stride * item_bytes(rows.format) / static_cast<int64_t>(sizeof(Step));
+    const Step* x = static_cast<const Step*>(rows.data) + first_row * x_stride;
 
-    float* sums = static_cast<float*>(me.scratch(kRowsPerTask * kPanel * sizeof(float)));
-    memset(sums, 0, num_rows * kPanel * sizeof(float));
-    const int64_t groups = (num_rows + kTileRows - 1) / kTileRows;
-    const int64_t block = std::max<int64_t>(1, kBlockBytes / (width * static_cast<int64_t>(sizeof(Step))));
-    const int64_t line_bytes = width * sizeof(Step);
+    const Sums<F> sums{static_cast<Item<F>*>(me.scratch(F::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
+    for (int p = 0; p < F::planes; ++p) memset(sums.at(p, 0), 0, num_rows * kPanel * sizeof(Item<F>));
+    const int64_t groups = (num_rows + kTileRows<F> - 1) / kTileRows<F>;
+    const int64_t step_lines = width * static_cast<int64_t>(sizeof(Word)) / kLine;
+    const int64_t block = std::max<int64_t>(1, kBlockBytes / (width * static_cast<int64_t>(sizeof(Word))));
     for (int64_t k = 0; k < steps; k += block) {
         const int64_t length = std::min(block, steps - k);
         const char* next = reinterpret_cast<const char*>(weights + (k + length) * width);
         for (int64_t g = 0; g < groups; ++g) {
-            const int64_t begin = num_rows * g / groups, rows = num_rows * (g + 1) / groups - begin;
-            const int64_t share = line_bytes / 64 * (g + 1) / groups - line_bytes / 64 * g / groups;
-            const char* prefetch = next + line_bytes / 64 * g / groups * length * 64;
+            const int64_t begin = num_rows * g / groups, count = num_rows * (g + 1) / groups - begin;
+            const int64_t first_line = step_lines * g / groups, lines = step_lines * (g + 1) / groups - first_line;
             for (int64_t v = 0; v < width / W; v += kTileVectors) {
-                const int vectors = static_cast<int>(std::min<int64_t>(kTileVectors, width / W - v));
-                choose_tile<F>(static_cast<int>(rows), vectors)(
-                    x + begin * x_stride + k, x_stride, weights + k * width + v * W, width, length,
-                    sums + begin * kPanel + v * W, prefetch, v == 0 ? share * 64 : 0);
+                choose_tile<F>(count, width / W - v)(x + begin * x_stride + k, x_stride, weights + k * width + v * W,
+                                                     width, length, sums, begin, v * W,
+                                                     next + first_line * length * kLine, v == 0 ? lines * kLine : 0);
             }
         }
     }
-    finish(sums, first_row, num_rows, panel * kPanel, outputs, product.y);
+    finish<F>(sums, first_row, num_rows, panel * kPanel, outputs, product);
 }
 
 int64_t panels(const Matrix& m) { return (m.out + kPanel - 1) / kPanel; }
 
-template <typename Item>
-void pack_panel(const Item* weight, int64_t row_stride, const Matrix& m, int64_t panel, Item* packed) {
+template <typename Value>
+void pack_panel(const Rows& weight, const Matrix& m, int64_t panel) {
     const int64_t d = depth(m.format), steps = round_up(m.in, d) / d;
     const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel), width = round_up(outputs, W);
-    Item* to = packed + panel * kPanel * steps * d;
+    const Value* from = static_cast<const Value*>(weight.data) + panel * kPanel * weight.stride;
+    Value* to = static_cast<Value*>(m.data) + panel * kPanel * steps * d;
     for (int64_t k = 0; k < steps; ++k)
         for (int64_t o = 0; o < width; ++o)
             for (int64_t i = 0; i < d; ++i) {
                 const bool inside = o < outputs && k * d + i < m.in;
-                *to++ = inside ? weight[(panel * kPanel + o) * row_stride + k * d + i] : Item{};
+                *to++ = inside ? from[o * weight.stride + k * d + i] : Value{};
             }
+}
+
+// Weights of one output become integers in [-127, 127] times a scale.
+void pack_int8_panel(const Rows& weight, const Matrix& m, int64_t panel) {
+    const int64_t steps = round_up(m.in, 4) / 4;
+    const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel), width = round_up(outputs, W);
+    int8_t* to = static_cast<int8_t*>(m.data) + panel * kPanel * steps * 4;
+    memset(to, 0, width * steps * 4);
+    for (int64_t o = 0; o < width; ++o) {
+        const int64_t output = panel * kPanel + o;
+        float most = 0;
+        for (int64_t i = 0; i < m.in && o < outputs; ++i) most = std::max(most, std::abs(get_one(weight, output, i)));
+        const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < m.in && o < outputs; ++i) {
+            const int q = static_cast<int>(std::nearbyint(get_one(weight, output, i) * inverse));
+            to[(i / 4 * width + o) * 4 + i % 4] = static_cast<int8_t>(q);
+            sum += q;
+        }
+        const_cast<float*>(output_scales(m))[output] = scale;
+        const_cast<int32_t*>(output_sums(m))[output] = sum;
+    }
+}
+
+// A row becomes integers q in [-32639, 32639] times a scale, and each q two bytes: q = 256 (high - 128) + low - 128.
+// Sums of products of bytes are exact, so no more is lost than the rounding to 16 bits. A row that is not finite gets a
+// scale that is not.
+void quantise(const Rows& x, int64_t row, int64_t width, const Rows& to) {
+    vec most{}, doubt{};
+    for (int64_t c = 0; c < width; c += W) {
+        const vec value = get(x, row, c, width - c);
+        most = max(most, max(value, -value));
+        doubt = fma(value, vec{}, doubt);
+    }
+    float greatest = 0;
+    for (int i = 0; i < W; ++i) greatest = std::max(greatest, most[i]);
+    const float scale = greatest / 32639 + sum(doubt), inverse = greatest > 0 ? 32639 / greatest : 0;
+    uint8_t* bytes = static_cast<uint8_t*>(to.data) + row * to.stride;
+    for (int64_t c = 0; c < width; c += W) {
+        const ivec q = to_nearest(get(x, row, c, width - c) * inverse) + 32896;
+        uint8_t high[W], low[W];
+        for (int i = 0; i < W; ++i) {
+            high[i] = static_cast<uint8_t>(q[i] >> 8);
+            low[i] = static_cast<uint8_t>(q[i]);
+        }
+        for (int64_t i = 0; i < W && c + i < width; i += 4) {
+            memcpy(bytes + (c + i) * 2, high + i, 4);
+            memcpy(bytes + (c + i) * 2 + 4, low + i, 4);
+        }
+    }
+    *row_scale(to, row, width) = scale;
 }
 
 }  // namespace
@@ -170,34 +290,41 @@ vec activate(vec x, int32_t activation) {
 }
 
 int64_t packed_bytes(int64_t out, int64_t in, int32_t format) {
-    return round_up(out, W) * round_up(in, depth(format)) * item_bytes(format);
+    const int64_t padded = round_up(out, W), weights = padded * round_up(in, depth(format)) * item_bytes(format);
+    return format == SOSTENUTO_INT8 ? weights + padded * (sizeof(float) + sizeof(int32_t)) : weights;
 }
 
-void pack(Member& me, const void* weight, int64_t row_stride, const Matrix& m) {
+void pack(Member& me, const Rows& weight, const Matrix& m) {
     me.share(panels(m), [&](int64_t panel) {
-        if (m.format == SOSTENUTO_BFLOAT16) {
-            pack_panel(static_cast<const bf16*>(weight), row_stride, m, panel,
-                       static_cast<bf16*>(m.data));
-        } else {
-            pack_panel(static_cast<const float*>(weight), row_stride, m, panel,
-                       static_cast<float*>(m.data));
+        switch (m.format) {
+            case SOSTENUTO_INT8: return pack_int8_panel(weight, m, panel);
+            case SOSTENUTO_BFLOAT16: return pack_panel<bf16>(weight, m, panel);
+            default: return pack_panel<float>(weight, m, panel);
         }
     });
 }
 
 void multiply(Member& me, const Product* products, int num_products, int64_t num_rows) {
+    const Product* end = products + num_products;
+    const auto is_int8 = [](const Product& product) { return product.weight.format == SOSTENUTO_INT8; };
+    if (std::any_of(products, end, is_int8)) {
+        me.share(num_rows, [&](int64_t row) {
+            for (const Product* p = products; p < end; ++p)
+                if (is_int8(*p)) quantise(p->x, row, p->weight.in, p->quantised);
+        });
+    }
     const int64_t row_tasks = (num_rows + kRowsPerTask - 1) / kRowsPerTask;
     int64_t count = 0;
-    for (int i = 0; i < num_products; ++i) count += panels(products[i].weight) * row_tasks;
+    for (const Product* p = products; p < end; ++p) count += panels(p->weight) * row_tasks;
     me.share(count, [&](int64_t task) {
         const Product* product = products;
         while (task >= panels(product->weight) * row_tasks) task -= panels(product++->weight) * row_tasks;
         const int64_t panel = task / row_tasks, part = task % row_tasks;
         const int64_t begin = num_rows * part / row_tasks, rows = num_rows * (part + 1) / row_tasks - begin;
-        if (product->weight.format == SOSTENUTO_BFLOAT16) {
-            multiply_panel<BFloat16>(me, *product, panel, begin, rows);
-        } else {
-            multiply_panel<Float32>(me, *product, panel, begin, rows);
+        switch (product->weight.format) {
+            case SOSTENUTO_INT8: return multiply_panel<Int8>(me, *product, panel, begin, rows);
+            case SOSTENUTO_BFLOAT16: return multiply_panel<BFloat16>(me, *product, panel, begin, rows);
+            default: return multiply_panel<Float32>(me, *product, panel, begin, rows);
         }
     });
 }

@@ -7,6 +7,8 @@
 //
 //   float32   depth 1   float32 activations, fused multiply-add
 //   bfloat16  depth 2   activations rounded to bfloat16, exact products, float32 sums (vdpbf16ps where there is one)
+//   int8      depth 4   a scale for each output; activations rounded to 16 bits with a scale for each row, exact
+//                       products and sums (vpdpbusd where there is one), as many as bfloat16 has in the same time
 //
 // vdpbf16ps takes denormals as zero; nothing near 1e-38 matters here.
 
@@ -29,17 +31,18 @@ struct Output {
     bool add = false;
 };
 
-// x has the weights' format, padded with zeros to a whole step.
+// x has the weights' format, padded with zeros to a whole step; or any format if the weights are int8.
 struct Product {
     Rows x;
     Matrix weight;
     Output y;
+    Rows quantised = {};  // room for x in int8's form, if that is the weights'
 };
 
 vec activate(vec x, int32_t activation);
 
 int64_t packed_bytes(int64_t out, int64_t in, int32_t format);
-void pack(Member& me, const void* weight, int64_t row_stride, const Matrix& packed);
+void pack(Member& me, const Rows& weight, const Matrix& packed);
 
 // All products of one phase, over the same number of rows, shared by the team as one loop.
 void multiply(Member& me, const Product* products, int num_products, int64_t num_rows);

@@ -9,15 +9,30 @@ namespace sostenuto {
 
 using Rows = sostenuto_rows;
 
-inline int64_t item_bytes(int32_t format) { return format == SOSTENUTO_BFLOAT16 ? 2 : 4; }
+inline int64_t item_bytes(int32_t format) {
+    switch (format) {
+        case SOSTENUTO_INT8: return 1;
+        case SOSTENUTO_BFLOAT16: return 2;
+        default: return 4;
+    }
+}
 
 // The weights one multiply instruction consumes along `in`; rows that are multiplied are padded to it with zeros.
-inline int64_t depth(int32_t format) { return format == SOSTENUTO_BFLOAT16 ? 2 : 1; }
+inline int64_t depth(int32_t format) { return 4 / item_bytes(format); }
+
+// The format of the rows that such weights are given: their own, or the exact one, to be quantised.
+inline int32_t readable_by(int32_t weights) { return weights == SOSTENUTO_INT8 ? SOSTENUTO_FLOAT32 : weights; }
 
 inline vec get(const Rows& rows, int64_t row, int64_t c, int64_t n) {
     const int64_t i = row * rows.stride + c;
     return rows.format == SOSTENUTO_BFLOAT16 ? load_first(static_cast<const bf16*>(rows.data) + i, n)
                                              : load_first(static_cast<const float*>(rows.data) + i, n);
+}
+
+inline float get_one(const Rows& rows, int64_t row, int64_t c) {
+    const int64_t i = row * rows.stride + c;
+    return rows.format == SOSTENUTO_BFLOAT16 ? from_bf16(static_cast<const bf16*>(rows.data)[i])
+                                             : static_cast<const float*>(rows.data)[i];
 }
 
 inline void put(const Rows& rows, int64_t row, int64_t c, vec value, int64_t n) {
@@ -42,6 +57,11 @@ class Arena {
     Rows rows(int64_t num_rows, int64_t width, int32_t format) {
         const int64_t stride = round_up(width, depth(format));
         return {take(num_rows * stride * item_bytes(format)), stride, format};
+    }
+    // Rows in the form that int8 weights read: two bytes a value, then the row's scale.
+    Rows quantised(int64_t num_rows, int64_t width) {
+        const int64_t stride = round_up(2 * round_up(width, 4) + static_cast<int64_t>(sizeof(float)), 64);
+        return {take(num_rows * stride), stride, SOSTENUTO_INT8};
     }
     int64_t used() const { return used_; }
 

@@ -15,7 +15,7 @@ namespace {
 // Products read whole steps: what lies beyond a row's width must be finite, for its weights are zero. Only rows of odd
 // width have such a place, and it keeps whatever it is given here, or what a wider layer left.
 void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
-    const Rows* read[] = {&to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y, &to.ffn_hidden};
+    const Rows* read[] = {&to.decay_hidden, &to.a_hidden, &to.gate_hidden, &to.value_hidden, &to.y, &to.ffn_mix, &to.ffn_hidden};
     const auto clear_row = [&](const Rows& rows, int64_t row) {
         const int64_t bytes = rows.stride * item_bytes(rows.format);
         memset(static_cast<char*>(rows.data) + row * bytes, 0, bytes);
@@ -43,9 +43,9 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
         {m_w, layer.decay.down, {to.decay_hidden, nullptr, layer.decay.activation}},
         {m_a, layer.rate.down, {to.a_hidden, nullptr, layer.rate.activation}},
         {m_g, layer.gate.down, {to.gate_hidden, nullptr, layer.gate.activation}},
-        {m_r, layer.receptance, {to.r}},
-        {m_k, layer.key, {to.k}},
-        {m_v, layer.value, {v}},
+        {m_r, layer.receptance, {to.r}, to.quantised[0]},
+        {m_k, layer.key, {to.k}, to.quantised[1]},
+        {m_v, layer.value, {v}, to.quantised[2]},
         {m_v, layer.value_mix.down, {to.value_hidden, nullptr, layer.value_mix.activation}},
     };
     multiply(me, down, mixes_value ? 7 : 6, num_tokens);
@@ -63,7 +63,7 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
                                    mixes_value ? to.value_mix : absent, to.y};
     wkv7(me, call.batch, layer.wkv, rows, call.wkv.data + index * call.wkv.layer_stride, call.wkv.slot_stride);
 
-    const Product output{to.y, layer.output, {to.x, nullptr, SOSTENUTO_NONE, true}};
+    const Product output{to.y, layer.output, {to.x, nullptr, SOSTENUTO_NONE, true}, to.quantised[0]};
     multiply(me, &output, 1, num_tokens);
 }
 
@@ -71,14 +71,14 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
 void channel_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
     const sostenuto_rwkv7_layer& layer = call.model.layers[index];
     const Rwkv7Buffers& to = call.buffers;
-    const Rows& mixed = to.mixes[0];
+    const Rows& mixed = to.ffn_mix;
     const int64_t width = call.model.width;
     shift_mix(me, call.batch, to.x, width, layer.ln2,
               call.shift.data + index * call.shift.layer_stride + width, call.shift.slot_stride, layer.ffn_mix, 1,
               &mixed, to.h);
-    const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}};
+    const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}, to.quantised[0]};
     multiply(me, &key, 1, call.batch.num_tokens);
-    const Product value{to.ffn_hidden, layer.ffn_value, {to.x, nullptr, SOSTENUTO_NONE, true}};
+    const Product value{to.ffn_hidden, layer.ffn_value, {to.x, nullptr, SOSTENUTO_NONE, true}, to.quantised[0]};
     multiply(me, &value, 1, call.batch.num_tokens);
 }
 
@@ -97,16 +97,24 @@ Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_model& mo
     Rwkv7Buffers to;
     to.x = floats(width);
     to.h = floats(width);
+    // A layer that mixes values has two readers of m_v, and the low-rank one takes its own format only.
+    const sostenuto_matrix& value = layer.value_mix.down.data != nullptr ? layer.value_mix.down : layer.value;
     const sostenuto_matrix* readers[] = {&layer.receptance, &layer.decay.down, &layer.key,
-                                         &layer.value,      &layer.rate.down,  &layer.gate.down};
-    for (int m = 0; m < 6; ++m) to.mixes[m] = arena.rows(num_tokens, width, readers[m]->format);
+                                         &value,            &layer.rate.down,  &layer.gate.down};
+    const auto read_by = [&](const sostenuto_matrix& reader) {
+        return arena.rows(num_tokens, reader.in, readable_by(reader.format));
+    };
+    for (int m = 0; m < 6; ++m) to.mixes[m] = read_by(*readers[m]);
+    to.ffn_mix = read_by(layer.ffn_key);
     for (Rows* each : {&to.r, &to.k, &to.v, &to.v_first, &to.decay, &to.a, &to.gate, &to.value_mix}) *each = floats(A);
     to.decay_hidden = hidden(&sostenuto_rwkv7_layer::decay);
     to.a_hidden = hidden(&sostenuto_rwkv7_layer::rate);
     to.gate_hidden = hidden(&sostenuto_rwkv7_layer::gate);
     to.value_hidden = hidden(&sostenuto_rwkv7_layer::value_mix);
-    to.y = arena.rows(num_tokens, A, layer.output.format);
-    to.ffn_hidden = arena.rows(num_tokens, layer.ffn_value.in, layer.ffn_value.format);
+    to.y = read_by(layer.output);
+    to.ffn_hidden = read_by(layer.ffn_value);
+    const int64_t widest = std::max({width, A, layer.ffn_value.in});
+    for (Rows& rows : to.quantised) rows = arena.quantised(num_tokens, &rows == to.quantised ? widest : width);
     return to;
 }
 
@@ -128,12 +136,12 @@ void rwkv7_forward(Member& me, const Rwkv7Call& call) {
 }
 
 void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_rows, const Rows& hidden,
-                  const Rows& normal, const Rows& logits) {
+                  const Rows& normal, const Rows& quantised, const Rows& logits) {
     me.share(num_rows, [&](int64_t row) {
         layer_norm(hidden, row, model.width, model.ln_out, normal, row);
         zero_padding(normal, row, model.width);
     });
-    const Product product{normal, model.head, {logits}};
+    const Product product{normal, model.head, {logits}, quantised};
     multiply(me, &product, 1, num_rows);
 }
 

@@ -14,7 +14,8 @@ struct Rwkv7Buffers {
     Rows mixes[6];                                           // [T, C]: r, w, k, v, a, g
     Rows r, k, v, v_first, decay, a, gate, value_mix;        // [T, A] float32
     Rows decay_hidden, a_hidden, gate_hidden, value_hidden;  // [T, D]
-    Rows y, ffn_hidden;                                      // [T, A], [T, F]
+    Rows y, ffn_mix, ffn_hidden;                             // [T, A], [T, C], [T, F]
+    Rows quantised[3];  // room for what int8 weights read: as many as there are products in a phase
 
     static Rwkv7Buffers lay_out(Arena& arena, const sostenuto_rwkv7_model& model, int64_t num_tokens);
 };
@@ -33,8 +34,8 @@ struct Rwkv7Call {
 
 void rwkv7_forward(Member& me, const Rwkv7Call& call);
 
-// `normal` is room for the rows in the format that the head reads.
+// `normal` and, for int8, `quantised` are room for the rows that the head reads.
 void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_rows, const Rows& hidden,
-                  const Rows& normal, const Rows& logits);
+                  const Rows& normal, const Rows& quantised, const Rows& logits);
 
 }  // namespace sostenuto

@@ -39,6 +39,14 @@ typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4), may_a
 
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 
+typedef int32_t unaligned_ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+static inline ivec load(const int32_t* p) { return *reinterpret_cast<const unaligned_ivec*>(p); }
+
+static inline void store(int32_t* p, ivec v) { *reinterpret_cast<unaligned_ivec*>(p) = v; }
+
+static inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
+
 static inline void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
 
 // The same value, loaded once: compilers like to load it again for every instruction that uses it.
@@ -187,6 +195,12 @@ static inline void spread4(vec sums, vec out[4]) {
 #else
     for (int i = 0; i < 4; ++i) out[i] = broadcast(sums[i]);
 #endif
+}
+
+// The nearest integers, ties to even, of numbers within 2^22 of zero. Any bits for others.
+static inline ivec to_nearest(vec x) {
+    const vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    return (ivec)(x + magic) - (ivec)magic;
 }
 
 // e^x within 2 units in the last place, for x clamped to [-87, 88]; a NaN stays a NaN.

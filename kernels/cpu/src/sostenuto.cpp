@@ -82,22 +82,24 @@ int64_t sostenuto_max_head_size(void) { return kMaxHeadSize; }
 
 int64_t sostenuto_packed_bytes(int64_t out, int64_t in, int32_t format) { return packed_bytes(out, in, format); }
 
-void sostenuto_pack(sostenuto_team* team, const void* weight, int64_t row_stride, const sostenuto_matrix* packed) {
+void sostenuto_pack(sostenuto_team* team, const sostenuto_rows* weight, const sostenuto_matrix* packed) {
     Guard guard(team->lock);
-    team->run([&](Member& me) { pack(me, weight, row_stride, *packed); });
+    team->run([&](Member& me) { pack(me, *weight, *packed); });
 }
 
 void sostenuto_linear(sostenuto_team* team, int64_t num_rows, const sostenuto_rows* x, const sostenuto_matrix* weight,
                       const sostenuto_rows* y) {
     Guard guard(team->lock);
-    Rows input = *x;
-    if (!fits(*x, *weight)) {
-        input = Arena().rows(num_rows, weight->in, weight->format);
-        input.data = team->arena(num_rows * input.stride * item_bytes(input.format));
-    }
+    Product product{*x, *weight, {*y}};
+    const bool is_int8 = weight->format == SOSTENUTO_INT8, converts = !is_int8 && !fits(*x, *weight);
+    const auto lay_out = [&](Arena arena) {
+        if (is_int8) product.quantised = arena.quantised(num_rows, weight->in);
+        if (converts) product.x = arena.rows(num_rows, weight->in, weight->format);
+        return arena.used();
+    };
+    lay_out(Arena(team->arena(lay_out(Arena()))));
     team->run([&](Member& me) {
-        if (input.data != x->data) convert(me, num_rows, weight->in, *x, input);
-        const Product product{input, *weight, {*y}};
+        if (converts) convert(me, num_rows, weight->in, *x, product.x);
         multiply(me, &product, 1, num_rows);
     });
 }
@@ -173,12 +175,13 @@ int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_mode
 void sostenuto_rwkv7_logits(sostenuto_team* team, const sostenuto_rwkv7_model* model, int64_t num_rows,
                             const sostenuto_rows* hidden, float* logits) {
     Guard guard(team->lock);
-    Rows normal;
+    Rows normal, quantised;
     const auto lay_out = [&](Arena arena) {
-        normal = arena.rows(num_rows, model->width, model->head.format);
+        normal = arena.rows(num_rows, model->width, readable_by(model->head.format));
+        if (model->head.format == SOSTENUTO_INT8) quantised = arena.quantised(num_rows, model->width);
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
     const Rows output{logits, model->head.out, SOSTENUTO_FLOAT32};
-    team->run([&](Member& me) { rwkv7_logits(me, *model, num_rows, *hidden, normal, output); });
+    team->run([&](Member& me) { rwkv7_logits(me, *model, num_rows, *hidden, normal, quantised, output); });
 }

@@ -20,7 +20,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { SOSTENUTO_FLOAT32 = 0, SOSTENUTO_BFLOAT16 = 1 }; /* formats */
+enum { SOSTENUTO_FLOAT32 = 0, SOSTENUTO_BFLOAT16 = 1, SOSTENUTO_INT8 = 2 }; /* formats; int8: of weights only */
 enum { SOSTENUTO_NONE = 0, SOSTENUTO_TANH = 1, SOSTENUTO_SIGMOID = 2, SOSTENUTO_RELU_SQUARED = 3 }; /* activations */
 
 /* Row-major rows of one format. */
@@ -117,8 +117,8 @@ const char* sostenuto_target(void);
 int64_t sostenuto_max_head_size(void);
 
 int64_t sostenuto_packed_bytes(int64_t out, int64_t in, int32_t format);
-/* Pack weight[out, in], rows `row_stride` apart, of the packed format itself. */
-void sostenuto_pack(sostenuto_team* team, const void* weight, int64_t row_stride, const sostenuto_matrix* packed);
+/* Pack weight[out, in], of the packed format itself; or of another, to be quantised, if that is int8. */
+void sostenuto_pack(sostenuto_team* team, const sostenuto_rows* weight, const sostenuto_matrix* packed);
 
 /* y = x @ weight.T */
 void sostenuto_linear(sostenuto_team* team, int64_t num_rows, const sostenuto_rows* x, const sostenuto_matrix* weight,

@@ -66,6 +66,48 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
         assert torch.equal(with_threads(operators, num_threads).linear(x, packed, 150), together)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (200, 256), (53, 37), (1, 3), (80, 4001)])
+def test_int8_weights_lose_their_own_rounding_and_16_bits_of_activations(
+    operators: Operators, random: torch.Generator, dtype: torch.dtype, out_features: int, in_features: int
+) -> None:
+    """Products of the weights as 8-bit integers with a scale for each output, and of nearly exact activations."""
+    weight = torch.randn(out_features, in_features, generator=random).to(dtype)
+    x = torch.randn(19, in_features, generator=random) * torch.logspace(-3, 3, 19)[:, None]
+    scale = weight.double().abs().amax(1, keepdim=True) / 127
+    rounded = (weight.double() / scale).round() * scale
+    packed = operators.pack_linear(weight, int8=True)
+    assert packed.dtype == torch.int8
+    operators.team.poison()
+    result = operators.linear(x, packed, out_features)
+    # Half a step of an activation's 16 bits, float32's rounding, and weights on the edge of two integers.
+    step = x.double().abs().amax(1, keepdim=True) / 32639
+    bound = 0.51 * step * rounded.abs().sum(1) + 1e-6 * x.double().abs() @ rounded.abs().T
+    edge = ((weight.double() / scale).frac().abs() - 0.5).abs() < 1e-4
+    bound += x.double().abs() @ (edge * scale).T
+    assert ((result.double() - x.double() @ rounded.T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows_dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_a_row_of_an_int8_product_does_not_depend_on_the_others(
+    operators: Operators, random: torch.Generator, rows_dtype: torch.dtype
+) -> None:
+    """As for the other formats; and a broken row stays alone."""
+    weight, x = torch.randn(150, 333, generator=random), torch.randn(130, 333, generator=random).to(rows_dtype)
+    packed = operators.pack_linear(weight, int8=True)
+    together = operators.linear(x, packed, 150)
+    for num_rows in (1, 2, 3, 4, 5, 13, 97):
+        assert torch.equal(operators.linear(x[7 : 7 + num_rows], packed, 150), together[7 : 7 + num_rows])
+    for num_threads in (1, 3):
+        assert torch.equal(with_threads(operators, num_threads).linear(x, packed, 150), together)
+    x[3, 5], x[6, 332], x[8] = torch.nan, -torch.inf, 0
+    broken = operators.linear(x, packed, 150)
+    assert not broken[[3, 6]].isfinite().any()
+    assert not broken[8].any()
+    rest = [row for row in range(130) if row not in (3, 6, 8)]
+    assert torch.equal(broken[rest], together[rest])
+
+
 def test_linear_reads_rows_that_are_part_of_a_wider_tensor(operators: Operators, random: torch.Generator) -> None:
     """Neither what lies between two rows nor what follows the last is read."""
     wide = torch.full((9, 80), torch.nan)

@@ -35,14 +35,14 @@ def bfloat16(weight: torch.Tensor) -> torch.Tensor:
 class Model:
     """Random weights, states and tokens: the same numbers for any dtype of the weights."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, int8: bool = False) -> None:
         random = torch.Generator().manual_seed(5)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return torch.randn(*shape, generator=random) * scale
 
         def linear(out: int, inner: int) -> Linear:
-            return Linear(bfloat16(normal(out, inner, scale=inner**-0.5)).to(dtype))
+            return Linear(bfloat16(normal(out, inner, scale=inner**-0.5)).to(dtype), int8)
 
         def low_rank(rank: int, dtype: torch.dtype, **activations: str) -> LowRank:
             down, up = normal(rank, C, scale=C**-0.5), normal(C, rank, scale=rank**-0.5)
@@ -125,9 +125,20 @@ def test_in_bfloat16_fusing_rounds_less() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_broken_sequence_stays_alone(dtype: torch.dtype) -> None:
+def test_int8_weights_move_results_by_their_own_rounding(dtype: torch.dtype) -> None:
+    """About one part in a hundred, fused or not."""
+    exact, rounded = Model(torch.float32), Model(dtype, int8=True)
+    expected = exact.run("fused", exact.pool.clone())
+    for way in ("fused", "single"):
+        difference = rounded.run(way, rounded.pool.clone()) - expected
+        assert 1e-3 * expected.norm() < difference.norm() < 3e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_sequence_stays_alone(dtype: torch.dtype, int8: bool) -> None:
     """NaN in one sequence reaches its own rows and its own slot, and nothing else."""
-    model = Model(dtype)
+    model = Model(dtype, int8)
     whole_pool, broken_pool, token_ids = model.pool.clone(), model.pool.clone(), model.token_ids.clone()
     whole = model.run("fused", whole_pool)
     token_ids[5] = BROKEN  # the second sequence's only token
