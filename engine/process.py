@@ -56,7 +56,7 @@ def describe(config: EngineConfig, runner: TorchModelRunner) -> EngineReady:
         num_parameters=model.config.num_parameters,
         state_bytes=runner.spec.num_bytes,
         device=str(model.device),
-        dtype="int8" if model.int8 else str(model.dtype).removeprefix("torch."),
+        dtype="int8" if model.is_int8 else str(model.dtype).removeprefix("torch."),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+logger = logging.getLogger(__name__)
+
 INT8 = "int8"  # large matrices only, where the device is faster so; the rest as for a 16-bit file
 
 # Below this size a model is read in float32 whatever its file holds: exact, and the memory it takes does not matter.
@@ -32,7 +35,10 @@ def load_model(
     weights = check_weights(str(path), open_weights(path))
     config = model_config(weights, head_norm_eps)
     chosen = choose_dtype(dtype, weights.tensors["head.weight"].dtype, config.num_parameters, device)
-    return RWKV7(config, lambda name: weights.prepared(name, device, chosen), chosen, int8=dtype == INT8)
+    model = RWKV7(config, lambda name: weights.prepared(name, device, chosen), chosen, int8=dtype == INT8)
+    if dtype == INT8 and not model.is_int8:
+        logger.warning("no int8 operators on this device: the weights stay what they are", extra={"dtype": str(chosen)})
+    return model
 
 
 def model_config(weights: CheckedWeights, head_norm_eps: float | None = None) -> ModelConfig:

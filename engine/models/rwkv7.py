@@ -31,16 +31,17 @@ class RWKV7:
         """Take weights of `dtype`; `int8` quantises the large matrices where that is faster."""
         self.config = config
         self.dtype = dtype
-        self.int8 = int8
         self.embedding = weights("emb.weight")  # [V, C]
         self.device = self.embedding.device
+        head = Linear(weights("head.weight"), int8)
+        self.is_int8 = head.packed.dtype == torch.int8  # not every backend has int8 operators
         self._rwkv7 = operators.runnable(
             operators.Weights(
                 embedding=self.embedding,
                 ln0=_norm(weights, "blocks.0.ln0."),
                 layers=[_layer(config, weights, index, dtype, int8) for index in range(config.num_layers)],
                 ln_out=_norm(weights, "ln_out."),
-                head=Linear(weights("head.weight"), int8),
+                head=head,
             ),
             dtype,
         )
