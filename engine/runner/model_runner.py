@@ -76,7 +76,7 @@ class TorchModelRunner:
         self.num_slots = num_slots
         self.vocab_size = model.config.vocab_size
         self.pool = StatePool(self.spec, num_slots, model.device)
-        self._penalties = PenaltyCounters(num_slots, self.vocab_size, model.device)
+        self._penalties = PenaltyCounters(num_slots)
         self._forbidden_ids = torch.tensor(sorted(forbidden_ids), dtype=torch.int64, device=model.device)
 
     @torch.inference_mode()

@@ -2,43 +2,38 @@
 
 The repetition penalty looks at every token of the request, prompt included, once or more. Presence and frequency look
 at generated tokens, with RWKV's decay: each generated token multiplies all counts by `penalty_decay`, then adds one to
-its own. Rows of vocabulary size exist only once a request uses them.
+its own. Only tokens that came are held, in host memory: a request has few of them, a vocabulary has many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.messages import SamplingParams
+
+Ids = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.float32]
 
 
 class PenaltyCounters:
     """Counters by slot. A slot is `reset` when its owner changes, so no request is penalised for another's tokens."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
-        self._device = device
-        self._shape = (num_slots, vocab_size)
-        self._consumed: list[list[int]] = [[] for _ in range(num_slots)]
-        self._num_seen = [0] * num_slots  # how many of the consumed are marked in _seen
-        self._seen: torch.Tensor | None = None  # [S, V] bool
-        self._counts: torch.Tensor | None = None  # [S, V] float32
-        self._dirty: set[int] = set()  # slots whose rows hold something
+    def __init__(self, num_slots: int) -> None:
+        self._consumed = [_Consumed() for _ in range(num_slots)]
+        self._generated = [_Generated() for _ in range(num_slots)]
 
     def reset(self, slot: int) -> None:
         """Forget everything about the slot."""
-        self._consumed[slot] = []
-        self._num_seen[slot] = 0
-        if slot in self._dirty:
-            self._dirty.remove(slot)
-            for rows in (self._seen, self._counts):
-                if rows is not None:
-                    rows[slot].zero_()
+        self._consumed[slot], self._generated[slot] = _Consumed(), _Generated()
 
     def consume(self, slot: int, token_ids: Sequence[int]) -> None:
         """Note that the slot's request consumed tokens of its own: prompt, or generated ones fed back."""
-        self._consumed[slot].extend(token_ids)
+        self._consumed[slot].tokens.extend(token_ids)
 
     def apply(self, logits: torch.Tensor, slots: Sequence[int], params: Sequence[SamplingParams]) -> None:
         """Penalise the rows of `logits[R, V]` in place: repetition, then presence and frequency."""
@@ -47,55 +42,76 @@ class PenaltyCounters:
 
     def generate(self, slots: Sequence[int], token_ids: Sequence[int], params: Sequence[SamplingParams]) -> None:
         """Count the tokens that were just sampled."""
-        rows = [i for i, p in enumerate(params) if _counts_tokens(p)]
-        if not rows:
-            return
-        counts = self._all_counts()
-        chosen = self._ids(slots[i] for i in rows)
-        decayed = counts.index_select(0, chosen) * self._column(params[i].penalty_decay for i in rows)
-        decayed.scatter_add_(1, self._ids(token_ids[i] for i in rows)[:, None], torch.ones_like(decayed[:, :1]))
-        counts.index_copy_(0, chosen, decayed)
-        self._dirty.update(slots[i] for i in rows)
+        for slot, token_id, p in zip(slots, token_ids, params, strict=True):
+            if _counts_tokens(p):
+                self._generated[slot].add(token_id, p.penalty_decay)
 
     def _apply_repetition(
         self, logits: torch.Tensor, rows: list[int], slots: Sequence[int], params: Sequence[SamplingParams]
     ) -> None:
         if not rows:
             return
-        if self._seen is None:
-            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        for slot in (slots[i] for i in rows):
-            new = self._consumed[slot][self._num_seen[slot] :]
-            self._seen[slot].index_fill_(0, self._ids(new), True)
-            self._num_seen[slot] += len(new)
-            self._dirty.add(slot)
-        chosen = self._ids(rows)
-        before = logits.index_select(0, chosen)
-        penalty = self._column(params[i].repetition_penalty for i in rows)
-        penalised = torch.where(before > 0, before / penalty, before * penalty)
-        seen = self._seen.index_select(0, self._ids(slots[i] for i in rows))
-        logits.index_copy_(0, chosen, torch.where(seen, penalised, before))
+        ids = [self._consumed[slots[row]].distinct() for row in rows]
+        penalties = [
+            np.full(len(each), params[row].repetition_penalty, np.float32) for row, each in zip(rows, ids, strict=True)
+        ]
+        where, penalty = _places(logits, rows, ids), torch.from_numpy(np.concatenate(penalties)).to(logits.device)
+        before = logits[where]
+        logits[where] = torch.where(before > 0, before / penalty, before * penalty)
 
     def _apply_counts(
         self, logits: torch.Tensor, rows: list[int], slots: Sequence[int], params: Sequence[SamplingParams]
     ) -> None:
         if not rows:
             return
-        counts = self._all_counts().index_select(0, self._ids(slots[i] for i in rows))
-        penalty = (counts > 0) * self._column(params[i].presence_penalty for i in rows)
-        penalty += counts * self._column(params[i].frequency_penalty for i in rows)
-        logits.index_add_(0, self._ids(rows), penalty, alpha=-1)
+        found = [self._generated[slots[row]] for row in rows]
+        penalties = [
+            params[row].presence_penalty * (each.counts > 0).astype(np.float32)
+            + params[row].frequency_penalty * each.counts
+            for row, each in zip(rows, found, strict=True)
+        ]
+        where = _places(logits, rows, [each.ids for each in found])
+        logits[where] -= torch.from_numpy(np.concatenate(penalties)).to(logits.device)
 
-    def _all_counts(self) -> torch.Tensor:
-        if self._counts is None:
-            self._counts = torch.zeros(self._shape, device=self._device)
-        return self._counts
 
-    def _ids(self, values: Iterable[int]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+@dataclass(slots=True, eq=False)
+class _Consumed:
+    """Tokens a request consumed; looked through only once its penalty asks."""
 
-    def _column(self, values: Iterable[float]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.float32, device=self._device)[:, None]
+    tokens: list[int] = field(default_factory=list)
+    _seen: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    _num_looked_at: int = 0
+
+    def distinct(self) -> Ids:
+        """Return every token that came, once."""
+        new = self.tokens[self._num_looked_at :]
+        if new:
+            self._seen = np.union1d(self._seen, new)
+            self._num_looked_at = len(self.tokens)
+        return self._seen
+
+
+@dataclass(slots=True, eq=False)
+class _Generated:
+    """Tokens a request generated, with their decayed counts."""
+
+    ids: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    counts: Counts = field(default_factory=lambda: np.empty(0, np.float32))
+    _index: dict[int, int] = field(default_factory=dict)
+
+    def add(self, token_id: int, decay: float) -> None:
+        """Count one more token."""
+        self.counts *= np.float32(decay)
+        index = self._index.setdefault(token_id, len(self.ids))
+        if index == len(self.ids):
+            self.ids, self.counts = np.append(self.ids, token_id), np.append(self.counts, np.float32(0))
+        self.counts[index] += 1
+
+
+def _places(logits: torch.Tensor, rows: Sequence[int], ids: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the index into `logits[R, V]` of every row's ids, row by row; no place comes twice."""
+    row_of_each = np.repeat(np.array(rows, np.int64), [len(each) for each in ids])
+    return torch.from_numpy(row_of_each).to(logits.device), torch.from_numpy(np.concatenate(ids)).to(logits.device)
 
 
 def _counts_tokens(params: SamplingParams) -> bool:

@@ -137,7 +137,7 @@ def test_replayed_tokens_are_not_penalised(runner: TorchModelRunner) -> None:
     (hot,) = step(runner, Chunk(1, prompt, sampling=params))
     (replayed,) = step(runner, Chunk(2, [*history[3:], *prompt], sampling=params, num_replayed=1))
     assert hot.token_id == replayed.token_id
-    assert runner._penalties._consumed[1] == runner._penalties._consumed[2] == prompt
+    assert runner._penalties._consumed[1].tokens == runner._penalties._consumed[2].tokens == prompt
 
 
 def test_repetition_looks_at_the_prompt_in_whatever_chunks_it_came(runner: TorchModelRunner) -> None:

@@ -14,7 +14,7 @@ V = 6
 @pytest.fixture
 def counters() -> PenaltyCounters:
     """Counters for three slots."""
-    return PenaltyCounters(3, V, torch.device("cpu"))
+    return PenaltyCounters(3)
 
 
 def penalised(counters: PenaltyCounters, slot: int, params: SamplingParams) -> list[float]:
@@ -83,10 +83,16 @@ def test_a_reset_slot_knows_nothing_of_its_last_owner(counters: PenaltyCounters)
     assert penalised(counters, 1, params) == [1.0, -2.0, 1.0, -2.0, 2.0, -2.0]
 
 
-def test_nothing_of_vocabulary_size_exists_until_it_is_used(counters: PenaltyCounters) -> None:
-    """Requests without penalties cost no memory."""
-    counters.consume(0, [1, 2, 3])
-    counters.apply(torch.zeros(1, V), [0], [SamplingParams(seed=0)])
-    counters.generate([0], [1], [SamplingParams(seed=0)])
-    assert counters._seen is None
-    assert counters._counts is None
+def test_counts_of_many_tokens_follow_the_rule_over_a_whole_vocabulary() -> None:
+    """What is held sparsely equals counts held for every token of the vocabulary."""
+    counters, random = PenaltyCounters(1), torch.Generator().manual_seed(3)
+    params = SamplingParams(seed=0, presence_penalty=0.3, frequency_penalty=0.7, penalty_decay=0.97)
+    dense = torch.zeros(50)
+    for token_id in torch.randint(50, (300,), generator=random).tolist():
+        counters.generate([0], [token_id], [params])
+        dense *= 0.97
+        dense[token_id] += 1
+    logits = torch.randn(1, 50, generator=random)
+    expected = logits - (0.3 * (dense > 0) + 0.7 * dense)
+    counters.apply(logits, [0], [params])
+    torch.testing.assert_close(logits, expected)
