@@ -94,4 +94,5 @@ def kill_while_streaming(server: ServerProcess, body: dict[str, Any], after_even
             assert "error" not in event
             if number == after_events:
                 server.kill()
+                break
     assert server.process is None, "the turn ended before the server was killed"
