@@ -249,8 +249,11 @@ class Ledger(Protocol):
         """
         ...
 
-    async def put_document(self, document: Document) -> None:
-        """Write a document in place of any of the same kind and id; durable as a commit."""
+    async def put_document(self, document: Document, *, if_absent: bool = False) -> bool:
+        """Write a document in place of any of the same kind and id, or only where there is none; durable as a commit.
+
+        Says whether it was written; of several that are written `if_absent` at once exactly one is.
+        """
         ...
 
     async def get_document(self, kind: str, document_id: str) -> Document | None:
