@@ -23,7 +23,7 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import ledger, turns
+from server.conversations import ledger, open_turn
 
 
 class ServerError(Exception):
@@ -203,11 +203,11 @@ ANSWERS: dict[type[Exception], Rule] = {
         "conversation",
         RETRY_SOON_SECONDS,
     ),
-    turns.ModelMismatch: Rule(
+    open_turn.ModelMismatch: Rule(
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
-    turns.LogCorrupt: CORRUPT,
+    open_turn.LogCorrupt: CORRUPT,
     ledger.LedgerCorrupt: CORRUPT,
     engine.NumericalError: Rule(
         500, SERVER, "numerical_error", "The model produced a value that is not a number; nothing was applied."

@@ -24,7 +24,7 @@ from engine.messages import (
 )
 from engine.token_chain import root_digest
 from engine.tokenizer import Detokenizer
-from server.conversations.turns import OpenTurn, SequenceEvent, TurnReceipt
+from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
 from server.services import Services

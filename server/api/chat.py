@@ -20,7 +20,7 @@ from server.api.requests import (
     with_choice,
 )
 from server.conversations.ledger import Conversation
-from server.conversations.turns import ModelMismatch
+from server.conversations.open_turn import ModelMismatch
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 
 from engine.messages import FinishReason, TokenLogprobs
-from server.conversations.turns import TurnReceipt
+from server.conversations.open_turn import TurnReceipt
 from server.generation import ChoiceEvent, Finished, Prompted
 from server.schemas.replies import ConversationInfo, Usage
 from server.services import ServedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from server.conversations.turns import TurnReceipt
+from server.conversations.open_turn import TurnReceipt
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

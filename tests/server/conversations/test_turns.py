@@ -29,15 +29,8 @@ from server.conversations.ledger import (
     VersionConflict,
 )
 from server.conversations.open_ledger import open_ledger
-from server.conversations.turns import (
-    ConversationSelector,
-    LogCorrupt,
-    ModelIdentity,
-    ModelMismatch,
-    OpenTurn,
-    TurnReceipt,
-    Turns,
-)
+from server.conversations.open_turn import LogCorrupt, ModelMismatch, OpenTurn, TurnReceipt
+from server.conversations.turns import ConversationSelector, ModelIdentity, Turns
 
 ADA = ConversationSelector("ada", create=True)
 SAMPLING = SamplingParams(seed=3)
