@@ -110,7 +110,7 @@ class Planner:
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
         tokenizer = self._services.tokenizer
-        prompt_ids = await self._services.encode(prompt.text)
+        prompt_ids, _ = await self._services.encode_pieces(prompt.pieces)
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
