@@ -23,7 +23,7 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import ledger, open_turn
+from server.conversations import edits, ledger, open_turn
 
 
 class ServerError(Exception):
@@ -203,6 +203,10 @@ ANSWERS: dict[type[Exception], Rule] = {
         "conversation",
         RETRY_SOON_SECONDS,
     ),
+    open_turn.VersionUnknown: Rule(
+        404, REQUEST, "version_not_found", "The conversation has no such version.", "version"
+    ),
+    edits.ItemNotFound: Rule(404, REQUEST, "item_not_found", "The conversation has no such item.", "item_id"),
     open_turn.ModelMismatch: Rule(
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),

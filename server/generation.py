@@ -24,7 +24,7 @@ from engine.messages import (
 )
 from engine.token_chain import root_digest
 from engine.tokenizer import Detokenizer
-from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnReceipt
+from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnContent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
 from server.services import Services
@@ -174,24 +174,39 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
         source=StateSource(num_tokens=0, chain=root_digest()),
         num_prompt_logprobs=plan.num_prompt_logprobs,
     )
-    last = await _follow(services, generation, plan, services.engine.generate(request))
+    last = await _follow(_Choice(services, generation, plan), services.engine.generate(request))
     generation.emit(last)
 
 
-async def generate_turn(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> None:
-    """Generate the next turn of a conversation and commit it."""
-    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs)
-    last = await _follow(services, generation, plan, events)
-    generation.begin_commit()
-    receipt = await turn.commit()
-    generation.emit(Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, receipt))
+async def generate_turn(
+    services: Services,
+    generation: Generation,
+    turn: OpenTurn,
+    plan: ChoicePlan,
+    content_of: Callable[[Delivered, Finished], TurnContent],
+    remembered: Callable[[str], Awaitable[tuple[list[int], list[int]]]] | None = None,
+) -> None:
+    """Generate the next turn of a conversation and commit it with what `content_of` makes of the whole answer.
 
-
-async def _follow(
-    services: Services, generation: Generation, plan: ChoicePlan, events: AsyncIterator[SequenceEvent]
-) -> Finished:
-    """Emit what the engine tells of one sequence; return its end, which is not told yet."""
+    `remembered`, if given, says of the answer's text what prompt and what answer the conversation is to remember
+    instead, as tokens.
+    """
     choice = _Choice(services, generation, plan)
+    events = turn.generate(
+        plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, keep_state=remembered is None
+    )
+    last = await _follow(choice, events)
+    if remembered is not None:
+        await turn.consume_instead(*await remembered(choice.whole.text))
+    finished = Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, turn.receipt)
+    content = content_of(choice.whole, finished)
+    generation.begin_commit()
+    await turn.commit(content)
+    generation.emit(finished)
+
+
+async def _follow(choice: _Choice, events: AsyncIterator[SequenceEvent]) -> Finished:
+    """Emit what the engine tells of one sequence; return its end, which is not told yet."""
     async for event in events:
         if isinstance(event, SequenceStarted):
             choice.started(event)
@@ -211,7 +226,7 @@ class _Choice:
         self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._is_prompted = False
         self._last: SequenceOutput | None = None
-        self._num_output_tokens = 0
+        self._delivered: list[Delivered] = []
 
     def started(self, event: SequenceStarted) -> None:
         """The choice has a slot."""
@@ -230,8 +245,9 @@ class _Choice:
             self._last = event
         if event.token_ids or text:
             self._clock.delivered()
-            self._num_output_tokens += len(event.token_ids)
-            self._generation.emit(Delivered(self._plan.index, text, event.token_ids, event.logprobs))
+            delivered = Delivered(self._plan.index, text, event.token_ids, event.logprobs)
+            self._delivered.append(delivered)
+            self._generation.emit(delivered)
 
     def _prompted(self) -> None:
         if self._is_prompted:
@@ -249,4 +265,16 @@ class _Choice:
         self._clock.finished(last.finish_reason, last.num_sampled_tokens)
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
-        return Finished(self._plan.index, last.finish_reason, last.stop_reason, self._num_output_tokens, None)
+        num_output_tokens = sum(len(delivered.token_ids) for delivered in self._delivered)
+        return Finished(self._plan.index, last.finish_reason, last.stop_reason, num_output_tokens, None)
+
+    @property
+    def whole(self) -> Delivered:
+        """Everything that was delivered, in one piece."""
+        logprobs = [entry for delivered in self._delivered for entry in delivered.logprobs or ()]
+        return Delivered(
+            self._plan.index,
+            "".join(delivered.text for delivered in self._delivered),
+            [token_id for delivered in self._delivered for token_id in delivered.token_ids],
+            logprobs if self._plan.sampling.num_logprobs is not None else None,
+        )

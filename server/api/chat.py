@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
@@ -20,7 +20,7 @@ from server.api.requests import (
     with_choice,
 )
 from server.conversations.ledger import Conversation
-from server.conversations.open_turn import ModelMismatch
+from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -32,6 +32,7 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
+from server.items import answered, parts_of, said
 from server.parsing import json_body
 from server.schemas.chat import (
     AssistantMessage,
@@ -65,15 +66,16 @@ async def create_chat_completion(
     async def work(generation: Generation) -> None:
         selector = conversation_of(body)
         if selector is None:
-            prompt = planner.render(services.template, first=True)
+            prompt = planner.render(services.template)
             writer.expect(prompt)
             await generate_choices(services, generation, await planner.plans(prompt))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            head = turn.conversation
-            prompt = planner.render(template_of(head), first=head.version == 0)
+            base = await turn.base()
+            prompt = planner.render(template_of(turn.conversation), base)
             writer.expect(prompt)
-            await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
+            plan = (await planner.plans(prompt))[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt))
 
     generation = Generation(services.drain, work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
@@ -102,10 +104,32 @@ class Planner:
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
 
-    def render(self, template: Template, *, first: bool) -> RenderedPrompt:
-        """Return the messages as the model was trained on them; raises `TemplateError`."""
+    def render(self, template: Template, base: Base | None = None) -> RenderedPrompt:
+        """Return the messages, after what `base` has still to say, as the model was trained on them.
+
+        Raises `TemplateError`.
+        """
+        before = [] if base is None else parts_of(base.items, base.answers)
         messages = [Message(message.role, message.text) for message in self._body.messages]
-        return render(messages, template, first=first, reasoning_effort=self._body.reasoning_effort)
+        first = base is None or base.num_tokens == 0
+        return render([*before, *messages], template, first=first, reasoning_effort=self._body.reasoning_effort)
+
+    def content_of(self, turn: OpenTurn, prompt: RenderedPrompt) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of the whole answer to `prompt`."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            reader = AnswerReader(prompt.opening)
+            parts = reader.push(whole.text), reader.flush()
+            answer = AnswerText("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
+            is_complete = finished.reason is not FinishReason.LENGTH
+            inputs = [said(message.role, message.text) for message in self._body.messages]
+            return TurnContent(
+                items=[*inputs, *answered(answer, turn.answer_id, is_complete=is_complete)],
+                opening=prompt.opening.text,
+                hint=prompt.opening.hint,
+            )
+
+        return content
 
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
@@ -19,6 +19,7 @@ from server.api.requests import (
     limited,
     with_choice,
 )
+from server.conversations.open_turn import OpenTurn, TurnContent
 from server.errors import BadRequest
 from server.generation import (
     ChoiceEvent,
@@ -30,10 +31,12 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
+from server.items import answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from server.services import Services, ServicesOf
 from server.streaming import respond
+from server.templates import AnswerText
 
 router = APIRouter()
 
@@ -56,8 +59,11 @@ async def create_completion(
             await generate_choices(services, generation, planner.plans(prompts))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            plans = planner.plans(prompts, continues=turn.conversation.version > 0)
-            await generate_turn(services, generation, turn, plans[0])
+            base = await turn.base()
+            if base.items:
+                raise BadRequest("conversation: has items that only a chat turn can say first.", "conversation")
+            plan = planner.plans(prompts, continues=base.num_tokens > 0)[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
 
     writer = CompletionWriter(services, body)
     generation = Generation(services.drain, work)
@@ -98,6 +104,17 @@ class Planner:
             for prompt_idx, prompt_ids in enumerate(prompts)
             for choice_idx in range(self._body.n)
         ]
+
+    def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of what came after the prompt: text without a template."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            prompt = said("unknown", self._tokenizer.decode(plan.prompt_ids))
+            is_complete = finished.reason is not FinishReason.LENGTH
+            answer = answered(AnswerText(content=whole.text), turn.answer_id, is_complete=is_complete)
+            return TurnContent(items=[prompt, *answer])
+
+        return content
 
     def _begun(self, prompt_ids: list[int], continues: bool) -> list[int]:
         """Return what to feed: a model needs one token to say what comes next, and end of text begins a new one."""

@@ -158,10 +158,19 @@ class OpenTurn:
         begins_again = preamble is not None and preamble != last.preamble
         if not begins_again and not is_marker(last):
             return Base(head.version, head.num_tokens, head.chain, last.preamble)
-        history = history_of(head.conversation_id, await self._entries(0), head.version)
+        history = await self.history()
         if begins_again:
             return Base(0, 0, history.root, preamble or "", history.items, history.answers, carries=True)
         return Base(head.version, head.num_tokens, head.chain, last.preamble, history.pending, history.answers)
+
+    async def history(self, version: int | None = None) -> History:
+        """Return the whole history that leads to `version`, or to the head; raises `VersionUnknown`."""
+        head = self.conversation
+        if version is None:
+            version = head.version
+        if not 0 <= version <= head.version:
+            raise VersionUnknown(head.conversation_id, version)
+        return history_of(head.conversation_id, await self._entries(0), version)
 
     async def _entries(self, after_version: int) -> list[Turn]:
         if after_version == self.conversation.version:
@@ -359,7 +368,7 @@ class OpenTurn:
         head = self.conversation
         if self._base.num_tokens == 0:
             return StateSource(num_tokens=0, chain=root_of(head.conversation_id))
-        history = history_of(head.conversation_id, await self._entries(0), head.version)
+        history = await self.history()
         if (newest := history.newest(checkpoints)) is None:
             return await self._source(None, history.token_ids())
         version, checkpoint = newest
