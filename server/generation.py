@@ -12,6 +12,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.messages import (
     FinishReason,
     GenerationRequest,
@@ -29,16 +31,16 @@ from server.drain import Drain
 from server.errors import ServerDraining
 from server.services import Services
 
+# Events are msgspec structs because one is made for every token: a frozen dataclass takes five times as long.
 
-@dataclass(frozen=True, slots=True)
-class Started:
+
+class Started(msgspec.Struct, frozen=True):
     """The choice has a slot."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prompted:
+class Prompted(msgspec.Struct, frozen=True):
     """The prompt is consumed. `logprobs` has an entry for every prompt token, `None` for the first, if asked for."""
 
     index: int
@@ -46,8 +48,7 @@ class Prompted:
     logprobs: list[TokenLogprobs | None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(msgspec.Struct, frozen=True):
     """Tokens have come. `text` is what they complete; it may be empty."""
 
     index: int
@@ -56,8 +57,7 @@ class Delivered:
     logprobs: list[TokenLogprobs] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The choice is complete; if it was a turn of a conversation, the turn is applied."""
 
     index: int
@@ -84,15 +84,16 @@ class ChoicePlan:
 class Generation:
     """The choices of one request while they are generated.
 
-    Iterate to read their events; `aclose` when done, or the work goes on for nobody.
+    One reader takes their events; `aclose` when done, or the work goes on for nobody.
     """
 
     def __init__(self, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> None:
         self._drain = drain
-        self._events: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()  # bounded by max_output_tokens
+        self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
+        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
         self._is_committing = False
-        self._first: ChoiceEvent | None = None
+        self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
         self._drain.add(self)
 
@@ -105,13 +106,19 @@ class Generation:
             raise self._interruption from None
         finally:
             self._drain.discard(self)
-            self._events.put_nowait(None)
+            self._has_ended = True
+            self._wake_reader()
 
     # -- for the work -------------------------------------------------------------------------------------------------
 
     def emit(self, event: ChoiceEvent) -> None:
         """Tell the reader."""
-        self._events.put_nowait(event)
+        self._events.append(event)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
@@ -130,19 +137,27 @@ class Generation:
     async def admitted(self, timeout_seconds: float) -> None:
         """Return at the first event, or after `timeout_seconds`; raises what kept the work from beginning."""
         try:
-            self._first = await asyncio.wait_for(self._events.get(), timeout_seconds)
+            await asyncio.wait_for(self._arrived(), timeout_seconds)
         except TimeoutError:
             return
-        if self._first is None:
+        if not self._events:
             await self._task
 
-    async def __aiter__(self) -> AsyncIterator[ChoiceEvent]:
-        """Yield every event; raises what ended the work early."""
-        if self._first is not None:
-            yield self._first
-        while (event := await self._events.get()) is not None:
-            yield event
-        await self._task
+    async def take(self) -> list[ChoiceEvent]:
+        """Return what has come since the last time, waiting for something; nothing when all is said.
+
+        Raises what ended the work early, after the events before it.
+        """
+        await self._arrived()
+        if not self._events:
+            await self._task
+        events, self._events = self._events, []
+        return events
+
+    async def _arrived(self) -> None:
+        if not self._events and not self._has_ended:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
 
     async def aclose(self) -> None:
         """End the work if it still runs, and wait for its end."""

@@ -20,7 +20,8 @@ from server.api.requests import (
     with_choice,
 )
 from server.conversations.open_turn import OpenTurn, TurnContent
-from server.errors import BadRequest
+from server.errors import Answer, BadRequest
+from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -34,7 +35,7 @@ from server.generation import (
 from server.items import answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from server.services import Services, ServicesOf
+from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import AnswerText
 
@@ -65,7 +66,7 @@ async def create_completion(
             plan = planner.plans(prompts, continues=base.num_tokens > 0)[0]
             await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
 
-    writer = CompletionWriter(services, body)
+    writer = CompletionWriter(services.model, services.tokenizer, body)
     generation = Generation(services.drain, work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
@@ -130,17 +131,44 @@ class Planner:
 class CompletionWriter:
     """What a completion says."""
 
-    def __init__(self, services: Services, body: CompletionRequest) -> None:
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: CompletionRequest) -> None:
         num_choices = len(body.prompts) * body.n
-        self._tokenizer = services.tokenizer
+        self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("cmpl", services.model)
+        self._identity = Identity("cmpl", model)
         self._meter = Meter(body.n)
         self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
-        self._logprobs = [LogprobsWriter(services.tokenizer) for _ in range(num_choices)]
+        self._logprobs = [LogprobsWriter(tokenizer) for _ in range(num_choices)]
+        self._templates = [self._template(index) for index in range(num_choices)]
 
-    def parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
-        """Return what the event adds to its choice, if a reader can see it."""
+    def opening(self) -> bytes:
+        """Return nothing: a completion begins with its first text."""
+        return b""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return a chunk for all that the event adds to its choice."""
+        if isinstance(event, Delivered) and event.logprobs is None and not self._body.return_token_ids:
+            return self._templates[event.index].fill(event.text) if event.text else b""
+        return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
+
+    def _template(self, index: int) -> FrameTemplate:
+        return FrameTemplate(lambda text: frame(self._chunk_of(CompletionChoice(index=index, text=text))))
+
+    def closing(self) -> bytes:
+        """Return the usage, if asked for, and the end."""
+        return frame(self._whole([])) + DONE if self._body.stream_options.include_usage else DONE
+
+    def failure(self, told: Answer) -> bytes:
+        """Return the error, in place of the end."""
+        return frame(told.body)
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what the event brings to its choice."""
+        for part in self._parts(event):
+            self._merge(part)
+
+    def _parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
+        """Yield what the event adds to its choice, if a reader can see it."""
         self._meter.see(event)
         if isinstance(event, Prompted) and (self._body.echo or self._body.return_token_ids):
             yield self._prompted(event)
@@ -170,8 +198,8 @@ class CompletionWriter:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
         return part
 
-    def chunk(self, part: CompletionChoice) -> Completion:
-        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+    def _chunk_of(self, part: CompletionChoice) -> Completion:
+        """Return `part` as a chunk; the choice's last one says where its conversation stands."""
         chunk = self._completion([part])
         if part.finish_reason is not None:
             chunk.conversation = self._meter.conversation
@@ -179,13 +207,7 @@ class CompletionWriter:
             chunk.usage = None
         return chunk
 
-    def closing_chunks(self) -> Iterator[Completion]:
-        """Return the usage, if asked for."""
-        if self._body.stream_options.include_usage:
-            yield self._whole([])
-
-    def merge(self, part: CompletionChoice) -> None:
-        """Add `part` to its choice."""
+    def _merge(self, part: CompletionChoice) -> None:
         choice = self._choices[part.index]
         choice.text += part.text
         choice.finish_reason = part.finish_reason or choice.finish_reason
