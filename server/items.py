@@ -60,6 +60,27 @@ class ReasoningBody(msgspec.Struct, frozen=True, kw_only=True):
     content: list[ReasoningText]
 
 
+class FunctionCallBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool by the model."""
+
+    id: str
+    type: str = "function_call"
+    status: str = "completed"
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionOutputBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tool answered."""
+
+    id: str
+    type: str = "function_call_output"
+    status: str = "completed"
+    call_id: str
+    output: str
+
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -80,17 +101,35 @@ def said(role: str, text: str) -> Item:
     return item_of(MessageBody(id=item_id, role=role, content=[content]), item_id)
 
 
-def answered(answer: AnswerText, answer_id: str, *, is_complete: bool = True) -> list[Item]:
-    """Return what the model said, and before it what it thought, if it did."""
+def thought(text: str, item_id: str | None = None, answer_id: str = "") -> Item:
+    """Return what the model thought."""
+    item_id = item_id or new_id("rs")
+    return item_of(ReasoningBody(id=item_id, content=[ReasoningText(text=text)]), item_id, answer_id)
+
+
+def called(call_id: str, name: str, arguments: str, item_id: str | None = None, answer_id: str = "") -> Item:
+    """Return the model's call of a tool."""
+    item_id = item_id or new_id("fc")
+    body = FunctionCallBody(id=item_id, call_id=call_id, name=name, arguments=arguments)
+    return item_of(body, item_id, answer_id)
+
+
+def returned(call_id: str, output: str) -> Item:
+    """Return what a tool answered to a call."""
+    item_id = new_id("fco")
+    return item_of(FunctionOutputBody(id=item_id, call_id=call_id, output=output), item_id)
+
+
+def answered(
+    answer: AnswerText, answer_id: str, *, is_complete: bool = True, ids: tuple[str, str] | None = None
+) -> list[Item]:
+    """Return what the model said, and before it what it thought, if it did; `ids` are those of thought and message."""
+    thought_id, message_id = ids or (new_id("rs"), new_id("msg"))
+    items = [thought(answer.reasoning, thought_id, answer_id)] if answer.reasoning else []
     status = "completed" if is_complete else "incomplete"
-    items = []
-    if answer.reasoning:
-        item_id = new_id("rs")
-        thought = ReasoningText(text=answer.reasoning)
-        items.append(item_of(ReasoningBody(id=item_id, content=[thought]), item_id, answer_id))
-    item_id = new_id("msg")
-    message = MessageBody(id=item_id, role="assistant", status=status, content=[OutputContent(text=answer.content)])
-    return [*items, item_of(message, item_id, answer_id)]
+    content: list[TextContent | OutputContent] = [OutputContent(text=answer.content)]
+    message = MessageBody(id=message_id, role="assistant", status=status, content=content)
+    return [*items, item_of(message, message_id, answer_id)]
 
 
 def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]:
