@@ -249,11 +249,11 @@ async def test_operations_whose_reply_is_lost_happen_once(lasting_redis: RedisSe
             proxy.lose_next_reply()
             await ledger.commit(lease, turn)
             proxy.lose_next_reply()
-            assert await ledger.point(ID, 1, checkpoint_of(turn, "a")) is None
+            assert await ledger.point(ID, 1, checkpoint_of(turn, "a")) == []
             proxy.lose_next_reply()
             assert await ledger.turns(ID) == [turn]
             lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
-            assert head.checkpoint == checkpoint_of(turn, "a")
+            assert head.checkpoints == {1: checkpoint_of(turn, "a")}
             proxy.lose_next_reply()
             await ledger.release(lease)
             await ledger.acquire(ID, "server", LEASE_TTL)

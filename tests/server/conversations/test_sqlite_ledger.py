@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from server.conversations import sqlite_log
+from server.conversations import sqlite_file
 from server.conversations.ledger import (
     ConversationBusy,
     ConversationExpired,
@@ -103,8 +103,8 @@ async def test_commits_are_synced_and_said_to_be(path: Path) -> None:
     """The durability of a file is `fsynced`, of memory `memory`; the file is in WAL mode with full synchronisation."""
     async with opened(path) as ledger:
         assert ledger.durability is Durability.FSYNCED
-        assert await ledger._run(ledger._log._value, "PRAGMA synchronous") == 2
-        assert await ledger._run(ledger._log._value, "PRAGMA journal_mode") == "wal"
+        assert await ledger._run(ledger._file.value, "PRAGMA synchronous") == 2
+        assert await ledger._run(ledger._file.value, "PRAGMA journal_mode") == "wal"
     assert SqliteLedger(None).durability is Durability.MEMORY
 
 
@@ -259,9 +259,10 @@ def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
         "UPDATE conversations SET version = 2",
         "UPDATE conversations SET chain = zeroblob(16)",
         "UPDATE conversations SET head = x'ff'",
-        "UPDATE conversations SET head = CAST(x'9202' || substr(head, 3) AS BLOB)",
+        "UPDATE conversations SET head = CAST(x'9203' || substr(head, 3) AS BLOB)",
         "UPDATE conversations SET head = (SELECT head FROM conversations WHERE conversation_id = 'acme:other')",
-        "UPDATE conversations SET checkpoint = x'c0'",
+        "UPDATE conversations SET metadata = x'c0'",
+        "UPDATE checkpoints SET record = x'c0'",
     ],
 )
 async def test_a_damaged_record_is_never_continued_from(path: Path, damage: str) -> None:
@@ -289,11 +290,11 @@ async def test_a_full_disk_refuses_and_loses_nothing(path: Path) -> None:
         turn = await append(ledger, ID)
         lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
         too_long = next_turn(head, output_ids=tuple(range(100_000)))
-        await ledger._run(ledger._log._value, "PRAGMA max_page_count = 12")
+        await ledger._run(ledger._file.value, "PRAGMA max_page_count = 12")
         with pytest.raises(LedgerUnavailable, match="full"):
             await ledger.commit(lease, too_long)
         assert await ledger.turns(ID) == [turn]
-        await ledger._run(ledger._log._value, "PRAGMA max_page_count = 1000000")
+        await ledger._run(ledger._file.value, "PRAGMA max_page_count = 1000000")
         await ledger.commit(lease, too_long)
         assert await ledger.turns(ID, 1) == [too_long]
 
@@ -333,7 +334,7 @@ async def test_a_failed_sync_ends_the_service(path: Path, monkeypatch: pytest.Mo
     """After a failed fsync nothing more is acknowledged: what the disk holds is no longer known."""
     connect = sqlite3.connect
     monkeypatch.setattr(
-        sqlite_log.sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=UnsyncedConnection, **kwargs)
+        sqlite_file.sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=UnsyncedConnection, **kwargs)
     )
     async with opened(path) as ledger:
         await ledger.create(new_conversation(ID))
