@@ -17,8 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -89,7 +88,7 @@ class Base:
     chain: bytes
     preamble: str
     items: Sequence[Item] = ()  # not rendered yet, or to be rendered again
-    answers: Mapping[str, Answer] = MappingProxyType({})  # the tokens of those among them that are answers
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # the tokens of those among them that are answers
     carries: bool = False  # whether the turn says `items` again, so that they belong to it
 
 
@@ -362,14 +361,14 @@ class OpenTurn:
             return await self._whole_source(head.checkpoints)
         return await self._source(head.checkpoints[newest], History(b"", tuple(since)).token_ids())
 
-    async def _whole_source(self, checkpoints: Mapping[int, CheckpointRef] = MappingProxyType({})) -> StateSource:
+    async def _whole_source(self, checkpoints: Mapping[int, CheckpointRef] | None = None) -> StateSource:
         """Name the base's state and all its tokens, or those after the newest of `checkpoints` on its path."""
         assert self._base is not None, "a turn begins somewhere"
         head = self.conversation
         if self._base.num_tokens == 0:
             return StateSource(num_tokens=0, chain=root_of(head.conversation_id))
         history = await self.history()
-        if (newest := history.newest(checkpoints)) is None:
+        if (newest := history.newest(checkpoints or {})) is None:
             return await self._source(None, history.token_ids())
         version, checkpoint = newest
         return await self._source(checkpoint, history.token_ids(version))
