@@ -29,6 +29,7 @@ from engine.tokenizer import Detokenizer
 from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnContent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
+from server.rate_limits import Budget
 from server.services import Services
 
 # Events are msgspec structs because one is made for every token: a frozen dataclass takes five times as long.
@@ -87,14 +88,18 @@ class Generation:
     One reader takes their events; `aclose` when done, or the work goes on for nobody.
     """
 
-    def __init__(self, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> None:
+    def __init__(self, drain: Drain, budget: Budget, work: Callable[[Generation], Awaitable[None]]) -> None:
+        """Begin the work, at the cost of `budget`; raises `RateLimitExceeded`."""
+        budget.begin()
         self._drain = drain
+        self._budget = budget
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
         self._is_committing = False
         self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
+        self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
         self._drain.add(self)
 
     async def _run(self, work: Callable[[Generation], Awaitable[None]]) -> None:
@@ -112,7 +117,11 @@ class Generation:
     # -- for the work -------------------------------------------------------------------------------------------------
 
     def emit(self, event: ChoiceEvent) -> None:
-        """Tell the reader."""
+        """Tell the reader, and count what it cost."""
+        if isinstance(event, Prompted):
+            self._budget.spend_tokens(len(event.prompt_ids))
+        elif isinstance(event, Delivered):
+            self._budget.spend_tokens(len(event.token_ids))
         self._events.append(event)
         self._wake_reader()
 

@@ -51,6 +51,7 @@ from server.schemas.chat import (
 from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.tenants import budget_of
 
 router = APIRouter()
 
@@ -79,7 +80,7 @@ async def create_chat_completion(
             plan = (await planner.plans(prompt))[0]
             await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt))
 
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 

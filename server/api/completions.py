@@ -38,6 +38,7 @@ from server.schemas.completions import Completion, CompletionChoice, CompletionL
 from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import AnswerText
+from server.tenants import budget_of
 
 router = APIRouter()
 
@@ -67,7 +68,7 @@ async def create_completion(
             await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
 
     writer = CompletionWriter(services.model, services.tokenizer, body)
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 

@@ -15,6 +15,7 @@ from server.errors import Answer, ServerDraining
 from server.frames import KEEP_ALIVE
 from server.generation import ChoiceEvent, Generation, Started
 from server.metrics import Metrics
+from server.rate_limits import Budget, Limits
 from server.streaming import EventStream, SlowReader
 
 
@@ -97,7 +98,9 @@ async def test_a_whole_stream_is_what_its_writer_says() -> None:
         generation.emit(Started(2))
 
     client = Client()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), pause), Writer(), Metrics().http)))
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), pause), Writer(), Metrics().http))
+    )
     while len(client.bodies) < 2:
         await client.hear()
     may_go_on.set()
@@ -113,7 +116,7 @@ async def test_an_event_without_a_frame_is_no_write() -> None:
         generation.emit(Started(10))
 
     client = Client()
-    await client.read(EventStream(Generation(Drain(), silent), Writer(), Metrics().http))
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), silent), Writer(), Metrics().http))
     assert client.messages == [
         {"type": "http.response.body", "body": b"opening\n\n", "more_body": True},
         {"type": "http.response.body", "body": b"closing\n\n", "more_body": False},
@@ -129,7 +132,7 @@ async def test_a_stream_that_fails_ends_with_an_error(error: Exception, code: st
         raise error
 
     client, metrics = Client(), Metrics()
-    await client.read(EventStream(Generation(Drain(), fail), Writer(), metrics.http))
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), fail), Writer(), metrics.http))
     assert client.bodies[:2] == [b"opening\n\n", b"0\n\n"]
     told = msgspec.json.decode(client.bodies[2])
     assert told["error"]["code"] == code
@@ -146,7 +149,9 @@ async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.Event().wait()
 
     client = Client()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), wait), Writer(), Metrics().http)))
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), wait), Writer(), Metrics().http))
+    )
     while len(client.bodies) < 3:
         await client.hear()
     assert client.bodies == [b"opening\n\n", b": keep-alive\n\n", b": keep-alive\n\n"]
@@ -167,7 +172,9 @@ async def test_a_client_that_leaves_takes_the_work_with_it() -> None:
             ended.set()
 
     client, metrics = Client(), Metrics()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), endless), Writer(), metrics.http)))
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), endless), Writer(), metrics.http))
+    )
     await client.hear()
     assert metrics.registry.get_sample_value("rwkv_sse_streams") == 1
     client.leaves.set()
@@ -186,7 +193,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.Monkey
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    stream = EventStream(Generation(Drain(), two_events), Writer(), Metrics().http)
+    stream = EventStream(Generation(Drain(), Budget(Limits()), two_events), Writer(), Metrics().http)
     with pytest.raises(SlowReader):
         await stream({"type": "http", "method": "POST"}, Client().receive, never)
 
@@ -203,6 +210,6 @@ async def test_a_client_that_does_not_even_take_a_ping_is_cut_off(monkeypatch: p
         if message.get("body") == KEEP_ALIVE:
             await asyncio.Event().wait()
 
-    stream = EventStream(Generation(Drain(), wait), Writer(), Metrics().http)
+    stream = EventStream(Generation(Drain(), Budget(Limits()), wait), Writer(), Metrics().http)
     with pytest.raises(SlowReader):
         await stream({"type": "http", "method": "POST"}, Client().receive, send)
