@@ -190,6 +190,12 @@ async def generate_choices(services: Services, generation: Generation, plans: Se
 
 
 async def _generate_choice(services: Services, generation: Generation, plan: ChoicePlan) -> None:
+    _, finished = await generate_alone(services, generation, plan)
+    generation.emit(finished)
+
+
+async def generate_alone(services: Services, generation: Generation, plan: ChoicePlan) -> tuple[Delivered, Finished]:
+    """Generate one choice from the empty history; return the whole answer and its end, which is not told yet."""
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt_ids=plan.prompt_ids,
@@ -198,8 +204,19 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
         source=StateSource(num_tokens=0, chain=root_digest()),
         num_prompt_logprobs=plan.num_prompt_logprobs,
     )
-    last = await _follow(_Choice(services, generation, plan), services.engine.generate(request))
-    generation.emit(last)
+    choice = _Choice(services, generation, plan)
+    finished = await _follow(choice, services.engine.generate(request))
+    return choice.whole, finished
+
+
+async def generate_untold(
+    services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan
+) -> tuple[Delivered, Finished]:
+    """As `generate_alone`, after a conversation's history, which stays as it is."""
+    choice = _Choice(services, generation, plan)
+    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, keep_state=False)
+    finished = await _follow(choice, events)
+    return choice.whole, msgspec.structs.replace(finished, receipt=turn.receipt)
 
 
 async def generate_turn(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import Answer, answer, is_our_fault
@@ -32,6 +32,8 @@ PING_SECONDS = 15.0
 SEND_SECONDS = 30.0
 # What is not admitted by then streams anyway: pings keep the connection open while it waits, errors come as events.
 ADMISSION_SECONDS = 10.0
+
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _encoder = msgspec.json.Encoder()
 
@@ -122,6 +124,24 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
 
 
+class RecordedStream(StreamingResponse):
+    """Frames of a recorded run; whoever leaves does not end it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncIterator[bytes], metrics: HttpMetrics) -> None:
+        super().__init__(frames, headers=STREAM_HEADERS)
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what there is, and what comes."""
+        self._metrics.streams.inc()
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._metrics.streams.dec()
+
+
 class EventStream(Response):
     """A reply as it comes.
 
@@ -134,7 +154,7 @@ class EventStream(Response):
     def __init__(self, generation: Generation, writer: ReplyWriter, metrics: HttpMetrics) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.init_headers(STREAM_HEADERS)
         self._generation = generation
         self._writer = writer
         self._metrics = metrics

@@ -51,7 +51,7 @@ from server.schemas.chat import (
 from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
-from server.tenants import budget_of
+from server.tenants import budget_of, tenant_of
 
 router = APIRouter()
 
@@ -67,7 +67,7 @@ async def create_chat_completion(
     writer = ChatWriter(services.model, services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, tenant_of(request))
         if selector is None:
             prompt = planner.render(services.template)
             writer.expect(prompt)

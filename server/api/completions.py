@@ -38,7 +38,7 @@ from server.schemas.completions import Completion, CompletionChoice, CompletionL
 from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import AnswerText
-from server.tenants import budget_of
+from server.tenants import budget_of, tenant_of
 
 router = APIRouter()
 
@@ -56,7 +56,7 @@ async def create_completion(
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, tenant_of(request))
         if selector is None:
             await generate_choices(services, generation, planner.plans(prompts))
             return

@@ -117,10 +117,19 @@ class History:
         ]
 
 
+def scoped(tenant: str, name: str) -> str:
+    """Return the id under which the ledger keeps what `tenant` calls `name`: nobody else's names lead there."""
+    return f"{tenant}/{name}" if tenant else name
+
+
+def name_of(conversation_id: str) -> str:
+    """Return what its tenant calls a log."""
+    return conversation_id.rpartition("/")[2]
+
+
 def tenant_of(conversation_id: str) -> str:
-    """Return whose log it is: tenants have names of their own, and a slash between them and theirs."""
-    tenant, _, rest = conversation_id.partition("/")
-    return tenant if rest else ""
+    """Return whose log it is."""
+    return conversation_id.rpartition("/")[0]
 
 
 def root_of(conversation_id: str) -> bytes:

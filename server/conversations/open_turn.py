@@ -132,6 +132,7 @@ class OpenTurn:
         self.committed = False
         self._turns = turns
         self._keeper = keeper
+        self._checkpoints = dict(head.checkpoints)
         self._base: Base | None = None
         self._request: GenerationRequest | None = None
         self._started: SequenceStarted | None = None
@@ -161,6 +162,10 @@ class OpenTurn:
         if begins_again:
             return Base(0, 0, history.root, preamble or "", history.items, history.answers, carries=True)
         return Base(head.version, head.num_tokens, head.chain, last.preamble, history.pending, history.answers)
+
+    def borrow(self, checkpoints: Mapping[int, CheckpointRef]) -> None:
+        """Begin from these checkpoints as well, which are another log's, of the same tokens."""
+        self._checkpoints |= checkpoints
 
     async def history(self, version: int | None = None) -> History:
         """Return the whole history that leads to `version`, or to the head; raises `VersionUnknown`."""
@@ -353,13 +358,13 @@ class OpenTurn:
         """Name the base's state, its newest checkpoint, and the tokens after that."""
         assert self._base is not None, "a turn begins somewhere"
         head = self.conversation
-        if self._base.num_tokens == 0 or not head.checkpoints:
+        if self._base.num_tokens == 0 or not self._checkpoints:
             return await self._whole_source()
-        newest = max(head.checkpoints)
+        newest = max(self._checkpoints)
         since = path_to(await self._entries(newest), head.version, newest)
         if since is None:  # the newest checkpoint is of another path
-            return await self._whole_source(head.checkpoints)
-        return await self._source(head.checkpoints[newest], History(b"", tuple(since)).token_ids())
+            return await self._whole_source(self._checkpoints)
+        return await self._source(self._checkpoints[newest], History(b"", tuple(since)).token_ids())
 
     async def _whole_source(self, checkpoints: Mapping[int, CheckpointRef] | None = None) -> StateSource:
         """Name the base's state and all its tokens, or those after the newest of `checkpoints` on its path."""

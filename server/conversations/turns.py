@@ -66,6 +66,7 @@ class ConversationSelector:
 
     conversation_id: str
     create: bool = False
+    kind: str = "conversation"  # of a log that is created
 
 
 class TurnObserver(Protocol):
@@ -172,19 +173,40 @@ class Turns:
         self._delete_checkpoints(head.checkpoints.values())
 
     async def fork(
-        self,
-        conversation_id: str,
-        fork_id: str,
-        *,
-        version: int | None = None,
-        kind: str = "conversation",
-        metadata: dict[str, str] | None = None,
+        self, conversation_id: str, fork_id: str, *, version: int | None = None, metadata: dict[str, str] | None = None
     ) -> Conversation:
         """Begin a conversation with the history that leads to `version` of another, which it leaves as it is.
 
-        Its entries are copies, numbered from 1. Raises as `history`, and `ConversationExists`.
+        Its entries are copies, numbered from 1; it gets a checkpoint of its own. Raises as `history`, and
+        `ConversationExists`.
         """
         head, history = await self.history(conversation_id, version)
+        fork = await self._copy_log(head, history, fork_id, "conversation", metadata)
+        self._start(self._copy_state(history, head.checkpoints, fork_id))
+        return fork
+
+    async def branch(
+        self, conversation_id: str, branch_id: str, *, version: int, kind: str
+    ) -> Mapping[int, CheckpointRef]:
+        """As `fork`, for a turn that is to be taken at once: its state will be the branch's first checkpoint.
+
+        Returns the origin's checkpoints by the branch's versions; they may be used, but not kept.
+        """
+        head, history = await self.history(conversation_id, version)
+        await self._copy_log(head, history, branch_id, kind, {})
+        return {
+            number: head.checkpoints[entry.version]
+            for number, entry in enumerate(history.path, start=1)
+            if entry.version in head.checkpoints
+        }
+
+    async def discard(self, conversation_id: str) -> None:
+        """Remove a log to which no turn was added: its states are those of the log that it was copied from."""
+        await self.ledger.delete(conversation_id)
+
+    async def _copy_log(
+        self, head: Conversation, history: History, fork_id: str, kind: str, metadata: dict[str, str] | None
+    ) -> Conversation:
         entries = [msgspec.structs.replace(entry, reply_id="", reply=b"") for entry in history.straightened()]
         fork = msgspec.structs.replace(
             head,
@@ -198,7 +220,6 @@ class Turns:
             checkpoints={},
         )
         await self.ledger.create(fork, entries)
-        self._start(self._copy_state(history, head.checkpoints, fork_id))
         return fork
 
     def open(
@@ -253,7 +274,7 @@ class Turns:
                 if not selector.create:
                     raise
             with contextlib.suppress(ConversationExists):  # somebody else began it just now: it exists, as wished
-                await self.create(selector.conversation_id)
+                await self.create(selector.conversation_id, kind=selector.kind)
             return await attempt()
 
         return await self._line.wait(selector.conversation_id, attempt_or_create, queue_seconds)

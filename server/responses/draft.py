@@ -14,7 +14,6 @@ from server.conversations.ledger import Item
 from server.conversations.open_turn import TurnReceipt
 from server.generation import Delivered, Finished
 from server.items import answered, new_id
-from server.schemas.replies import ConversationInfo
 from server.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -24,6 +23,7 @@ from server.schemas.responses import (
     ResponseFailure,
     ResponseRequest,
     ResponseUsage,
+    StateInfo,
 )
 from server.templates import AnswerReader, AnswerText, RenderedPrompt
 from server.templates.answer import END_OF_THOUGHT
@@ -88,7 +88,18 @@ class Draft:
             incomplete_details=None if is_complete else IncompleteDetails(reason="max_output_tokens"),
             output=[msgspec.Raw(item.body) for item in items],
             usage=self._usage(whole, num_prompt_tokens, num_cached, finished.receipt),
-            state=None if finished.receipt is None else ConversationInfo.of(finished.receipt),
+            state=self._state(finished.receipt),
+        )
+
+    def _state(self, receipt: TurnReceipt | None) -> StateInfo | None:
+        if receipt is None:
+            return None
+        is_kept = self._begun.store or self._begun.conversation is not None
+        return StateInfo(
+            resume=receipt.resume.value,
+            durability=receipt.durability.value if is_kept else None,
+            version=receipt.version if is_kept else None,
+            parent_version=receipt.parent_version if is_kept else None,
         )
 
     def reader(self) -> AnswerReader:

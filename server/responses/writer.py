@@ -67,7 +67,10 @@ class ResponseWriter:
 
     def failure(self, told: Answer) -> bytes:
         """Return the event that says why there will be no more."""
-        response = self._draft.failed(told.code, told.body.error.message)
+        if told.code == "response_cancelled":
+            response = self._draft.begun("cancelled")
+        else:
+            response = self._draft.failed(told.code, told.body.error.message)
         return self._event("response.failed", response=response)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
@@ -164,6 +167,31 @@ class ResponseWriter:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token_id)
         return {"token": self._tokenizer.token_text(token_id), "bytes": list(data), "logprob": logprob}
+
+
+def frames_after(response: Response, start: int) -> bytes:
+    """Return the events that bring a reader who has those before number `start` to the end of a stored response.
+
+    What streamed is not kept as it came. So whoever was there already gets every text once more, whole, in the events
+    that end it; who was not gets the beginning, too.
+    """
+    number = start
+
+    def event(name: str, **fields: Any) -> bytes:
+        nonlocal number
+        number += 1
+        return frame(Event(type=name, sequence_number=number - 1, **fields), name)
+
+    begun = msgspec.structs.replace(response, status="in_progress", output=[], usage=None, error=None)
+    frames = [] if start else [event("response.created", response=begun), event("response.in_progress", response=begun)]
+    if response.status in ("queued", "in_progress"):
+        return b"".join(frames)
+    for index, raw in enumerate(response.output):
+        item = msgspec.json.decode(raw)
+        frames.append(event("response.output_item.added", output_index=index, item=item))
+        frames.append(event("response.output_item.done", output_index=index, item=item))
+    name = response.status if response.status in ("completed", "incomplete") else "failed"
+    return b"".join([*frames, event(f"response.{name}", response=response)])
 
 
 class _OpenItem:

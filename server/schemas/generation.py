@@ -28,7 +28,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _as_reference(value: object) -> object:
+def as_reference(value: object) -> object:
+    """Return the reference that a bare id stands for."""
     return {"id": value} if isinstance(value, str) else value
 
 
@@ -118,7 +119,7 @@ class GenerationFields(SamplingFields):
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
 
-    conversation: Annotated[ConversationReference | None, BeforeValidator(_as_reference)] = None
+    conversation: Annotated[ConversationReference | None, BeforeValidator(as_reference)] = None
     conversation_id: ConversationId | None = None
     queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
 

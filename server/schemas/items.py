@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from server.conversations.ledger import Item
@@ -133,6 +134,16 @@ InputItem = Annotated[
 ]
 
 InputItems = Annotated[list[InputItem], Field(max_length=MAX_ITEMS)]
+
+
+class ItemList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of items."""
+
+    object: str = "list"
+    data: list[msgspec.Raw]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 def check_size(name: str, items: Sequence[InputItem]) -> None:

@@ -9,9 +9,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from server.errors import BadRequest
 from server.schemas.conversations import MetadataKey, MetadataValue
-from server.schemas.generation import MAX_PROMPT_CHARS, ConversationReference, SamplingFields, _as_reference
-from server.schemas.items import InputItems, MessageItem, TextPart, check_size
-from server.schemas.replies import ConversationInfo
+from server.schemas.generation import MAX_PROMPT_CHARS, ConversationReference, SamplingFields, as_reference
+from server.schemas.items import InputItems, check_size
 from server.schemas.strict import StrictModel
 
 RESPONSE_ID = r"resp_[A-Za-z0-9]{1,64}"
@@ -84,7 +83,7 @@ class ResponseRequest(SamplingFields):
     input: Annotated[InputItems, BeforeValidator(_as_items)] = Field(min_length=1)
     instructions: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)] | None = None
     previous_response_id: ResponseId | None = None
-    conversation: Annotated[ConversationReference | None, BeforeValidator(_as_reference)] = None
+    conversation: Annotated[ConversationReference | None, BeforeValidator(as_reference)] = None
     store: bool = True
     background: bool = False
     metadata: dict[MetadataKey, MetadataValue] = Field({}, max_length=16)
@@ -175,7 +174,16 @@ class ReasoningReply(msgspec.Struct, frozen=True, kw_only=True):
 class TextReply(msgspec.Struct, frozen=True, kw_only=True):
     """How the answer is written."""
 
-    format: dict[str, Any] = {"type": "text"}
+    format: dict[str, Any] = msgspec.field(default_factory=lambda: {"type": "text"})
+
+
+class StateInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How the model's state before the input was obtained, and what the response survives; null: it is not stored."""
+
+    resume: str  # new | hot | restored | replayed
+    durability: str | None  # memory | acked | fsynced
+    version: int | None  # of its conversation
+    parent_version: int | None
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,17 +219,12 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int = 0
     truncation: str = "disabled"
     usage: ResponseUsage | None = None
-    state: ConversationInfo | None = None  # ours: how the model's state was obtained, and what the turn survives
+    state: StateInfo | None = None  # ours
 
 
-class ItemList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of items."""
+class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """A response is gone."""
 
-    object: str = "list"
-    data: list[msgspec.Raw]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-__all__ = ["MessageItem", "Response", "ResponseRequest", "TextPart"]
+    id: str
+    object: str = "response"
+    deleted: bool = True
