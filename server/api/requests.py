@@ -34,11 +34,17 @@ def conversation_of(body: GenerationFields, tenant: str) -> ConversationSelector
 
 def expected_version(request: Request, body: GenerationFields) -> int | None:
     """Return the version in `If-Match`, at which the conversation must be for the turn to run."""
+    version = version_in_header(request)
+    if version is not None and not body.is_stateful:
+        raise BadRequest("If-Match: only a turn of a conversation has a version to match.", "If-Match")
+    return version
+
+
+def version_in_header(request: Request) -> int | None:
+    """Return the version in `If-Match`, if there is one; raises `BadRequest`."""
     given = request.headers.get("if-match")
     if given is None:
         return None
-    if not body.is_stateful:
-        raise BadRequest("If-Match: only a turn of a conversation has a version to match.", "If-Match")
     if (matched := ENTITY_TAG.fullmatch(given.strip())) is None:
         raise BadRequest("If-Match: must be the number of a version.", "If-Match")
     return int(matched[1])

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from server.errors import BadRequest
-from server.schemas.conversations import MetadataKey, MetadataValue
+from server.schemas.conversations import Metadata
 from server.schemas.generation import MAX_PROMPT_CHARS, ConversationReference, SamplingFields, as_reference
 from server.schemas.items import InputItems, check_size
 from server.schemas.strict import StrictModel
@@ -86,7 +86,7 @@ class ResponseRequest(SamplingFields):
     conversation: Annotated[ConversationReference | None, BeforeValidator(as_reference)] = None
     store: bool = True
     background: bool = False
-    metadata: dict[MetadataKey, MetadataValue] = Field({}, max_length=16)
+    metadata: Metadata = {}
     max_output_tokens: int | None = Field(None, ge=1)
     reasoning: Reasoning = Reasoning()
     text: TextConfig = TextConfig()
