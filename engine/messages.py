@@ -123,11 +123,13 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
     """Write the kept state behind `chain` to the state store under a fresh id: `CheckpointStored` or
     `CheckpointFailed`.
 
-    The state may still be settling; the engine writes it when it is final.
+    The state may still be settling; the engine writes it when it is final. If it is not in memory it is copied from
+    `copy_of`, a checkpoint of the same tokens, if one is given.
     """
 
     chain: bytes
     num_tokens: int
+    copy_of: CheckpointRef | None = None
 
 
 class ForgetState(msgspec.Struct, frozen=True, tag=True):

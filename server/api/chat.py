@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
@@ -20,7 +20,9 @@ from server.api.requests import (
     with_choice,
 )
 from server.conversations.ledger import Conversation
-from server.conversations.turns import ModelMismatch
+from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
+from server.errors import Answer
+from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -32,6 +34,7 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
+from server.items import answered, parts_of, said
 from server.parsing import json_body
 from server.schemas.chat import (
     AssistantMessage,
@@ -45,9 +48,10 @@ from server.schemas.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from server.services import Services, ServicesOf
+from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
 from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.tenants import budget_of, tenant_of
 
 router = APIRouter()
 
@@ -60,22 +64,23 @@ async def create_chat_completion(
     check_model(body.model, services)
     version = expected_version(request, body)
     planner = Planner(services, body)
-    writer = ChatWriter(services, body)
+    writer = ChatWriter(services.model, services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, tenant_of(request))
         if selector is None:
-            prompt = planner.render(services.template, first=True)
+            prompt = planner.render(services.template)
             writer.expect(prompt)
             await generate_choices(services, generation, await planner.plans(prompt))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            head = turn.conversation
-            prompt = planner.render(template_of(head), first=head.version == 0)
+            base = await turn.base()
+            prompt = planner.render(template_of(turn.conversation), base)
             writer.expect(prompt)
-            await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
+            plan = (await planner.plans(prompt))[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt))
 
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
@@ -102,15 +107,37 @@ class Planner:
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
 
-    def render(self, template: Template, *, first: bool) -> RenderedPrompt:
-        """Return the messages as the model was trained on them; raises `TemplateError`."""
+    def render(self, template: Template, base: Base | None = None) -> RenderedPrompt:
+        """Return the messages, after what `base` has still to say, as the model was trained on them.
+
+        Raises `TemplateError`.
+        """
+        before = [] if base is None else parts_of(base.items, base.answers)
         messages = [Message(message.role, message.text) for message in self._body.messages]
-        return render(messages, template, first=first, reasoning_effort=self._body.reasoning_effort)
+        first = base is None or base.num_tokens == 0
+        return render([*before, *messages], template, first=first, reasoning_effort=self._body.reasoning_effort)
+
+    def content_of(self, turn: OpenTurn, prompt: RenderedPrompt) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of the whole answer to `prompt`."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            reader = AnswerReader(prompt.opening)
+            parts = reader.push(whole.text), reader.flush()
+            answer = AnswerText("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
+            is_complete = finished.reason is not FinishReason.LENGTH
+            inputs = [said(message.role, message.text) for message in self._body.messages]
+            return TurnContent(
+                items=[*inputs, *answered(answer, turn.answer_id, is_complete=is_complete)],
+                opening=prompt.opening.text,
+                hint=prompt.opening.hint,
+            )
+
+        return content
 
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
         tokenizer = self._services.tokenizer
-        prompt_ids = await self._services.encode(prompt.text)
+        prompt_ids, _ = await self._services.encode_pieces(prompt.pieces)
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
@@ -122,21 +149,62 @@ class Planner:
 class ChatWriter:
     """What a chat completion says."""
 
-    def __init__(self, services: Services, body: ChatRequest) -> None:
-        self._tokenizer = services.tokenizer
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: ChatRequest) -> None:
+        self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("chatcmpl", services.model)
+        self._identity = Identity("chatcmpl", model)
         self._meter = Meter(body.n)
         self._readers: list[AnswerReader] = []
         self._prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._choices = [ChatChoice(index=index, message=AssistantMessage()) for index in range(body.n)]
+        self._says_only_text = not (body.return_token_ids or body.logprobs)
+        self._said = [self._template(index, lambda text: Delta(content=text)) for index in range(body.n)]
+        self._thought = [self._template(index, lambda text: Delta(reasoning_content=text)) for index in range(body.n)]
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
         self._readers = [AnswerReader(prompt.opening) for _ in range(self._body.n)]
 
-    def parts(self, event: ChoiceEvent) -> Iterator[ChatChunkChoice]:
-        """Return what the event adds to its choice, if a reader can see it."""
+    def opening(self) -> bytes:
+        """Return nothing: a choice begins when it has a slot."""
+        return b""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return a chunk for all that the event adds to its choice."""
+        if isinstance(event, Delivered) and self._says_only_text:
+            return self._text_frames(event.index, self._readers[event.index].push(event.text))
+        return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
+
+    def _text_frames(self, index: int, text: AnswerText) -> bytes:
+        if text.content and text.reasoning:
+            return frame(self._chunk_of(ChatChunkChoice(index=index, delta=_delta(text))))
+        if text.content:
+            return self._said[index].fill(text.content)
+        return self._thought[index].fill(text.reasoning) if text.reasoning else b""
+
+    def _template(self, index: int, delta: Callable[[str], Delta]) -> FrameTemplate:
+        return FrameTemplate(lambda text: frame(self._chunk_of(ChatChunkChoice(index=index, delta=delta(text)))))
+
+    def closing(self) -> bytes:
+        """Return the usage, if asked for, and the end."""
+        if not self._body.stream_options.include_usage:
+            return DONE
+        chunk = self._chunk([])
+        chunk.usage = self._meter.usage
+        chunk.conversation = self._meter.conversation
+        return frame(chunk) + DONE
+
+    def failure(self, told: Answer) -> bytes:
+        """Return the error, in place of the end."""
+        return frame(told.body)
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what the event brings to its choice."""
+        for part in self._parts(event):
+            self._merge(part)
+
+    def _parts(self, event: ChoiceEvent) -> Iterator[ChatChunkChoice]:
+        """Yield what the event adds to its choice, if a reader can see it."""
         self._meter.see(event)
         if isinstance(event, Started):
             yield ChatChunkChoice(index=event.index, delta=Delta(role="assistant", content=""))
@@ -153,7 +221,7 @@ class ChatWriter:
             part.token_ids = event.token_ids
         if event.logprobs is not None:
             part.logprobs = _logprobs(self._tokenizer, event.token_ids, event.logprobs)
-        if part.delta != NOTHING or self._body.return_token_ids or self._body.logprobs:
+        if part.delta != NOTHING or not self._says_only_text:
             yield part
 
     def _finished(self, event: Finished) -> Iterator[ChatChunkChoice]:
@@ -164,8 +232,8 @@ class ChatWriter:
             index=event.index, delta=NOTHING, finish_reason=finish_reason(event), stop_reason=stop_reason(event)
         )
 
-    def chunk(self, part: ChatChunkChoice) -> ChatChunk:
-        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+    def _chunk_of(self, part: ChatChunkChoice) -> ChatChunk:
+        """Return `part` as a chunk; the choice's last one says where its conversation stands."""
         chunk = self._chunk([part])
         if part.finish_reason is not None:
             chunk.conversation = self._meter.conversation
@@ -174,16 +242,7 @@ class ChatWriter:
             chunk.usage = None
         return chunk
 
-    def closing_chunks(self) -> Iterator[ChatChunk]:
-        """Return the usage, if asked for."""
-        if self._body.stream_options.include_usage:
-            chunk = self._chunk([])
-            chunk.usage = self._meter.usage
-            chunk.conversation = self._meter.conversation
-            yield chunk
-
-    def merge(self, part: ChatChunkChoice) -> None:
-        """Add `part` to its choice."""
+    def _merge(self, part: ChatChunkChoice) -> None:
         choice = self._choices[part.index]
         choice.message.add(part.delta)
         choice.finish_reason = part.finish_reason or choice.finish_reason

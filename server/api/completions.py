@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
@@ -19,7 +19,9 @@ from server.api.requests import (
     limited,
     with_choice,
 )
-from server.errors import BadRequest
+from server.conversations.open_turn import OpenTurn, TurnContent
+from server.errors import Answer, BadRequest
+from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -30,10 +32,13 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
+from server.items import answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from server.services import Services, ServicesOf
+from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
+from server.templates import AnswerText
+from server.tenants import budget_of, tenant_of
 
 router = APIRouter()
 
@@ -51,16 +56,19 @@ async def create_completion(
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, tenant_of(request))
         if selector is None:
             await generate_choices(services, generation, planner.plans(prompts))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            plans = planner.plans(prompts, continues=turn.conversation.version > 0)
-            await generate_turn(services, generation, turn, plans[0])
+            base = await turn.base()
+            if base.items:
+                raise BadRequest("conversation: has items that only a chat turn can say first.", "conversation")
+            plan = planner.plans(prompts, continues=base.num_tokens > 0)[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
 
-    writer = CompletionWriter(services, body)
-    generation = Generation(services.drain, work)
+    writer = CompletionWriter(services.model, services.tokenizer, body)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
@@ -99,6 +107,17 @@ class Planner:
             for choice_idx in range(self._body.n)
         ]
 
+    def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of what came after the prompt: text without a template."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            prompt = said("unknown", self._tokenizer.decode(plan.prompt_ids))
+            is_complete = finished.reason is not FinishReason.LENGTH
+            answer = answered(AnswerText(content=whole.text), turn.answer_id, is_complete=is_complete)
+            return TurnContent(items=[prompt, *answer])
+
+        return content
+
     def _begun(self, prompt_ids: list[int], continues: bool) -> list[int]:
         """Return what to feed: a model needs one token to say what comes next, and end of text begins a new one."""
         if prompt_ids:
@@ -113,17 +132,44 @@ class Planner:
 class CompletionWriter:
     """What a completion says."""
 
-    def __init__(self, services: Services, body: CompletionRequest) -> None:
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: CompletionRequest) -> None:
         num_choices = len(body.prompts) * body.n
-        self._tokenizer = services.tokenizer
+        self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("cmpl", services.model)
+        self._identity = Identity("cmpl", model)
         self._meter = Meter(body.n)
         self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
-        self._logprobs = [LogprobsWriter(services.tokenizer) for _ in range(num_choices)]
+        self._logprobs = [LogprobsWriter(tokenizer) for _ in range(num_choices)]
+        self._templates = [self._template(index) for index in range(num_choices)]
 
-    def parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
-        """Return what the event adds to its choice, if a reader can see it."""
+    def opening(self) -> bytes:
+        """Return nothing: a completion begins with its first text."""
+        return b""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return a chunk for all that the event adds to its choice."""
+        if isinstance(event, Delivered) and event.logprobs is None and not self._body.return_token_ids:
+            return self._templates[event.index].fill(event.text) if event.text else b""
+        return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
+
+    def _template(self, index: int) -> FrameTemplate:
+        return FrameTemplate(lambda text: frame(self._chunk_of(CompletionChoice(index=index, text=text))))
+
+    def closing(self) -> bytes:
+        """Return the usage, if asked for, and the end."""
+        return frame(self._whole([])) + DONE if self._body.stream_options.include_usage else DONE
+
+    def failure(self, told: Answer) -> bytes:
+        """Return the error, in place of the end."""
+        return frame(told.body)
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what the event brings to its choice."""
+        for part in self._parts(event):
+            self._merge(part)
+
+    def _parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
+        """Yield what the event adds to its choice, if a reader can see it."""
         self._meter.see(event)
         if isinstance(event, Prompted) and (self._body.echo or self._body.return_token_ids):
             yield self._prompted(event)
@@ -153,8 +199,8 @@ class CompletionWriter:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
         return part
 
-    def chunk(self, part: CompletionChoice) -> Completion:
-        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+    def _chunk_of(self, part: CompletionChoice) -> Completion:
+        """Return `part` as a chunk; the choice's last one says where its conversation stands."""
         chunk = self._completion([part])
         if part.finish_reason is not None:
             chunk.conversation = self._meter.conversation
@@ -162,13 +208,7 @@ class CompletionWriter:
             chunk.usage = None
         return chunk
 
-    def closing_chunks(self) -> Iterator[Completion]:
-        """Return the usage, if asked for."""
-        if self._body.stream_options.include_usage:
-            yield self._whole([])
-
-    def merge(self, part: CompletionChoice) -> None:
-        """Add `part` to its choice."""
+    def _merge(self, part: CompletionChoice) -> None:
         choice = self._choices[part.index]
         choice.text += part.text
         choice.finish_reason = part.finish_reason or choice.finish_reason

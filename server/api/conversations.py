@@ -6,25 +6,27 @@ import re
 import uuid
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 
+from server.conversations.history import scoped
 from server.conversations.ledger import ConversationNotFound
 from server.parsing import json_body
 from server.schemas.conversations import ConversationDeleted, ConversationReply, ConversationRequest
 from server.schemas.generation import CONVERSATION_ID
 from server.services import ServicesOf
 from server.streaming import json_response
+from server.tenants import tenant_of
 
 router = APIRouter()
 
 _IS_ID = re.compile(CONVERSATION_ID)
 
 
-def _existing(conversation_id: str) -> str:
-    """Return the id in a request's path; what no conversation can be called does not exist."""
+def _existing(request: Request, conversation_id: str) -> str:
+    """Return the ledger's id for the one in a request's path; what no conversation can be called does not exist."""
     if _IS_ID.fullmatch(conversation_id) is None:
         raise ConversationNotFound(conversation_id)
-    return conversation_id
+    return scoped(tenant_of(request), conversation_id)
 
 
 Id = Annotated[str, Depends(_existing)]
@@ -32,11 +34,13 @@ Id = Annotated[str, Depends(_existing)]
 
 @router.post("/v1/conversations")
 async def create_conversation(
-    body: Annotated[ConversationRequest, Depends(json_body(ConversationRequest))], services: ServicesOf
+    request: Request,
+    body: Annotated[ConversationRequest, Depends(json_body(ConversationRequest))],
+    services: ServicesOf,
 ) -> Response:
     """Begin a conversation without turns."""
     conversation_id = body.id or f"conv_{uuid.uuid4().hex}"
-    head = await services.turns.create(conversation_id, body.metadata)
+    head = await services.turns.create(scoped(tenant_of(request), conversation_id), body.metadata)
     return json_response(ConversationReply.of(head))
 
 

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import Request
 
 from engine.messages import SamplingParams
+from server.conversations.history import scoped
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
 from server.schemas.generation import GenerationFields
@@ -22,12 +23,12 @@ def check_model(name: str | None, services: Services) -> None:
         raise UnknownModel
 
 
-def conversation_of(body: GenerationFields) -> ConversationSelector | None:
+def conversation_of(body: GenerationFields, tenant: str) -> ConversationSelector | None:
     """Return which conversation the request continues: OpenAI's field wants it to exist, ours creates it."""
     if body.conversation is not None:
-        return ConversationSelector(body.conversation.id, create=False)
+        return ConversationSelector(scoped(tenant, body.conversation.id), create=False)
     if body.conversation_id is not None:
-        return ConversationSelector(body.conversation_id, create=True)
+        return ConversationSelector(scoped(tenant, body.conversation_id), create=True)
     return None
 
 

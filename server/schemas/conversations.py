@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 import msgspec
 from pydantic import Field, StringConstraints
 
+from server.conversations.history import name_of
 from server.conversations.ledger import Conversation
 from server.schemas.generation import ConversationId
 from server.schemas.strict import StrictModel
@@ -39,7 +40,7 @@ class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, head: Conversation) -> ConversationReply:
         """Say what the ledger says."""
         return cls(
-            id=head.conversation_id,
+            id=name_of(head.conversation_id),
             created_at=int(head.created_at),
             metadata=head.metadata,
             version=head.version,

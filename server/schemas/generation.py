@@ -28,7 +28,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _as_reference(value: object) -> object:
+def as_reference(value: object) -> object:
+    """Return the reference that a bare id stands for."""
     return {"id": value} if isinstance(value, str) else value
 
 
@@ -46,8 +47,8 @@ class ConversationReference(StrictModel):
     id: ConversationId
 
 
-class GenerationFields(StrictModel):
-    """How to generate, whatever the prompt looks like."""
+class SamplingFields(StrictModel):
+    """How to choose tokens and when to stop, whatever the route."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
@@ -61,10 +62,7 @@ class GenerationFields(StrictModel):
     )
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=0)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -82,28 +80,6 @@ class GenerationFields(StrictModel):
     ] = Field([], max_length=MAX_STOPS)
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
-    return_token_ids: bool = False
-
-    conversation: Annotated[ConversationReference | None, BeforeValidator(_as_reference)] = None
-    conversation_id: ConversationId | None = None
-    queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> GenerationFields:
-        if self.conversation is not None and self.conversation_id is not None:
-            raise BadRequest("conversation and conversation_id exclude each other.", "conversation")
-        if self.is_stateful and self.n > 1:
-            raise BadRequest("n: a conversation has one next turn, so n must be 1.", "n")
-        if self.queue_ms and not self.is_stateful:
-            raise BadRequest("queue_ms: only a turn of a conversation can wait for another.", "queue_ms")
-        if "stream_options" in self.model_fields_set and not self.stream:
-            raise BadRequest("stream_options: only for streams.", "stream_options")
-        return self
-
-    @property
-    def is_stateful(self) -> bool:
-        """Whether this is a turn of a conversation."""
-        return self.conversation is not None or self.conversation_id is not None
 
     def sampling(self, vocab_size: int, num_logprobs: int | None) -> SamplingParams:
         """Return how to sample; the seed is drawn if none was given."""
@@ -133,6 +109,36 @@ class GenerationFields(StrictModel):
             stop_token_ids=tuple(dict.fromkeys((*self.stop_token_ids, *ends))),
             stop_strings=tuple(dict.fromkeys(text.encode() for text in (*self.stop, *stop_strings))),
         )
+
+
+class GenerationFields(SamplingFields):
+    """What completions and chat share besides sampling: choices, streams, conversations."""
+
+    max_tokens: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
+
+    conversation: Annotated[ConversationReference | None, BeforeValidator(as_reference)] = None
+    conversation_id: ConversationId | None = None
+    queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> GenerationFields:
+        if self.conversation is not None and self.conversation_id is not None:
+            raise BadRequest("conversation and conversation_id exclude each other.", "conversation")
+        if self.is_stateful and self.n > 1:
+            raise BadRequest("n: a conversation has one next turn, so n must be 1.", "n")
+        if self.queue_ms and not self.is_stateful:
+            raise BadRequest("queue_ms: only a turn of a conversation can wait for another.", "queue_ms")
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise BadRequest("stream_options: only for streams.", "stream_options")
+        return self
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether this is a turn of a conversation."""
+        return self.conversation is not None or self.conversation_id is not None
 
 
 def _token_id(key: str, vocab_size: int) -> int:

@@ -3,14 +3,27 @@
 from server.templates.answer import AnswerReader, AnswerText
 from server.templates.builtin import BUILTIN
 from server.templates.choice import choose
-from server.templates.template import Message, Opening, RenderedPrompt, Template, TemplateError, render
+from server.templates.template import (
+    Answer,
+    Message,
+    Opening,
+    Part,
+    Piece,
+    RenderedPrompt,
+    Template,
+    TemplateError,
+    render,
+)
 
 __all__ = [
     "BUILTIN",
+    "Answer",
     "AnswerReader",
     "AnswerText",
     "Message",
     "Opening",
+    "Part",
+    "Piece",
     "RenderedPrompt",
     "Template",
     "TemplateError",

@@ -11,12 +11,7 @@ from server.templates.template import Opening, Template
 # the model because it shares tokens with what follows.
 _CLOSE_TAG = r">?\s*"
 
-_CLASSIC_HEADERS = {
-    "system": "System: ",
-    "developer": "System: ",
-    "user": "User: ",
-    "assistant": "Assistant: ",
-}
+_CLASSIC_HEADERS = {"system": "System: ", "developer": "System: ", "user": "User: "}
 # The longer of two stops that end together must count, or a newline of the border would stay in the answer.
 _CLASSIC_STOPS = ("\n\nUser:", "\nUser:", "\n\nSystem:")
 
@@ -26,6 +21,8 @@ WORLD = Template(
     name="world",
     headers=_CLASSIC_HEADERS,
     border="\n\n",
+    past_opening="Assistant:",
+    lead=" ",
     openings={None: _WORLD_OPENING, "none": _WORLD_OPENING},
     stop_strings=_CLASSIC_STOPS,
 )
@@ -39,6 +36,8 @@ G1 = Template(
     name="g1",
     headers=_CLASSIC_HEADERS,
     border="\n\n",
+    past_opening="Assistant:",
+    lead=" ",
     openings={
         None: _g1_thinking(),
         "none": Opening("Assistant: <think></think", unshown=_CLOSE_TAG),
@@ -55,8 +54,10 @@ _G1H_THINKING = Opening("Bot✿<think", thinking=True, unshown=_CLOSE_TAG)
 
 G1H = Template(
     name="g1h",
-    headers={"system": "System✿", "developer": "System✿", "user": "User✿", "assistant": "Bot✿"},
+    headers={"system": "System✿", "developer": "System✿", "user": "User✿"},
     border="✿\n",
+    past_opening="Bot✿",
+    lead="",
     openings={
         None: _G1H_THINKING,
         "none": Opening("Bot✿<think></think", unshown=_CLOSE_TAG),
@@ -70,6 +71,8 @@ RAW = Template(
     name="raw",
     headers=dict.fromkeys(_CLASSIC_HEADERS, ""),
     border="",
+    past_opening="",
+    lead="",
     openings={None: Opening(""), "none": Opening("")},
     stop_strings=(),
     verbatim=True,

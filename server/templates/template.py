@@ -2,7 +2,11 @@
 
 A conversation renders only its *new* messages. The model's state holds the text so far up to the last delivered token
 of the last answer and nothing of what ended it, so what is rendered for a later turn begins with the border that
-closes that answer, in one piece with the messages after it. Knows nothing of tokens.
+closes that answer, in one piece with the messages after it.
+
+A prompt comes in pieces that are tokenized each by itself, because that is how a conversation grows: what is rendered
+is one piece, what the model answers the next. So a history that is sent whole gets the tokens it got turn by turn.
+Knows nothing of tokens but that an answer may be given as the ids that were sampled.
 """
 
 from __future__ import annotations
@@ -29,6 +33,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer of the history exactly as the model wrote it, after the opening it was asked for with."""
+
+    opening: str  # `Opening.text` of the prompt that it answered
+    written: str | tuple[int, ...]  # everything the model wrote, nothing cleaned: its text, or the ids it sampled
+
+
+Part = Message | Answer
+Piece = str | tuple[int, ...]  # text, or token ids that are known already; never empty
+
+
+@dataclass(frozen=True, slots=True)
 class Opening:
     """How the prompt begins the answer it asks for."""
 
@@ -43,8 +59,10 @@ class Template:
     """The turns of one family of models. The built-in ones are in `server.templates.builtin`."""
 
     name: str
-    headers: Mapping[str, str]  # what comes before a content, by role
+    headers: Mapping[str, str]  # what comes before a content, by role; answers have openings instead
     border: str  # what closes a turn that is followed by another
+    past_opening: str  # what comes before an answer that is sent as text, of which no thought is left
+    lead: str  # what the model writes itself between `past_opening` and its answer
     openings: Mapping[str | None, Opening]  # by reasoning effort; None: not asked for
     stop_strings: tuple[str, ...]  # each ends an answer, and is neither shown nor kept
     verbatim: bool = False  # contents are not cleaned
@@ -53,33 +71,74 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """What the model is to read next, and how to read its answer."""
+    """What the model is to read next, and how to read its answer.
 
-    text: str
+    A piece ends after the opening of every answer and after every answer. Only the last ends a prompt.
+    """
+
+    pieces: tuple[Piece, ...]
     stop_strings: tuple[str, ...]
     opening: Opening
 
+    @property
+    def text(self) -> str:
+        """The whole prompt; raises `TypeError` if some of it is known as token ids only."""
+        return "".join(map(_text, self.pieces))
+
 
 def render(
-    messages: Sequence[Message], template: Template, *, first: bool, reasoning_effort: str | None = None
+    parts: Sequence[Part], template: Template, *, first: bool, reasoning_effort: str | None = None
 ) -> RenderedPrompt:
-    """Return the prompt for an answer to `messages`.
+    """Return the prompt for an answer to `parts`: messages, and answers exactly as they were written.
 
     `first` says that nothing came before them; otherwise the text begins with the border after the last answer.
     Raises `TemplateError` for what the template has no form for.
     """
     opening = _opening(template, reasoning_effort)
-    if not messages:
+    if not parts:
         raise TemplateError("messages", "there is no message to answer")
-    contents = [_content(template, message, index) for index, message in enumerate(messages)]
-    last = len(messages) - 1
-    if messages[last].role == "assistant":
-        raise TemplateError(f"messages[{last}].role", "the last message is an answer already; it can't be continued")
-    if messages[last].role == "user":
-        contents[last] += opening.hint
-    turns = [template.headers[message.role] + content for message, content in zip(messages, contents, strict=True)]
-    closing = [] if first else [""]
-    return RenderedPrompt(template.border.join([*closing, *turns, opening.text]), template.stop_strings, opening)
+    last = parts[-1]
+    if isinstance(last, Answer) or last.role == "assistant":
+        field = f"messages[{len(parts) - 1}].role"
+        raise TemplateError(field, "the last message is an answer already; it can't be continued")
+    prompt = _Pieces()
+    for index, part in enumerate(parts):
+        prompt.extend("" if first and index == 0 else template.border)
+        if isinstance(part, Answer):
+            prompt.answer(part)
+        elif part.role == "assistant":
+            prompt.answer(Answer(template.past_opening, template.lead + _content(template, part, index)))
+        else:
+            prompt.extend(_header(template, part, index) + _content(template, part, index))
+    if last.role == "user":
+        prompt.extend(opening.hint)
+    prompt.extend(template.border + opening.text)
+    return RenderedPrompt(prompt.finish(), template.stop_strings, opening)
+
+
+class _Pieces:
+    """The pieces of a prompt, and the text that is still to become one."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._text = ""
+
+    def extend(self, text: str) -> None:
+        self._text += text
+
+    def answer(self, answer: Answer) -> None:
+        self._text += answer.opening
+        self._pieces += [self._text, answer.written]
+        self._text = ""
+
+    def finish(self) -> tuple[Piece, ...]:
+        return tuple(piece for piece in (*self._pieces, self._text) if piece)
+
+
+def _text(piece: Piece) -> str:
+    if not isinstance(piece, str):
+        raise TypeError("a prompt with known token ids has no text of its own")
+    return piece
 
 
 def _opening(template: Template, reasoning_effort: str | None) -> Opening:
@@ -91,11 +150,16 @@ def _opening(template: Template, reasoning_effort: str | None) -> Opening:
         raise TemplateError("reasoning_effort", message) from None
 
 
+def _header(template: Template, message: Message, index: int) -> str:
+    try:
+        return template.headers[message.role]
+    except KeyError:
+        known = ", ".join((*template.headers, "assistant"))
+        raise TemplateError(f"messages[{index}].role", f"unknown role {message.role!r}; known are: {known}") from None
+
+
 def _content(template: Template, message: Message, index: int) -> str:
     """Return the content as it stands in the prompt."""
-    if message.role not in template.headers:
-        accepted = ", ".join(template.headers)
-        raise TemplateError(f"messages[{index}].role", f"unknown role {message.role!r}; known are: {accepted}")
     content = message.content if template.verbatim else _clean(message)
     field = f"messages[{index}].content"
     if not content:

@@ -129,7 +129,7 @@ def test_questions_are_cleaned(template: Template, content: str, cleaned: str) -
 def test_answers_keep_their_blank_lines(template: Template) -> None:
     """What a client sends back as an answer loses only the space around it."""
     text = render([HI, Message("assistant", " one\n\n    two\n"), HI], template, first=True).text
-    assert template.headers["assistant"] + "one\n\n    two" + template.border in text
+    assert template.past_opening + template.lead + "one\n\n    two" + template.border in text
 
 
 def test_raw_changes_nothing() -> None:

@@ -1,0 +1,101 @@
+"""Prompts in pieces: a history that is sent whole gets the tokens it got turn by turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.tokenizer import Tokenizer
+from engine.tokenizer.bytes import ByteTokenizer
+from engine.tokenizer.hf import HuggingFaceTokenizer
+from engine.tokenizer.world import WorldTokenizer
+from server.services import encode_pieces
+from server.templates import BUILTIN, Answer, Message, Opening, Part, Template, render
+
+WORLD, G1, G1H, RAW = (BUILTIN[name] for name in ("world", "g1", "g1h", "raw"))
+BUNDLED = Path(__file__).parents[3] / "models/default/tokenizer.json"
+TOKENIZERS = [ByteTokenizer(), WorldTokenizer(), HuggingFaceTokenizer(BUNDLED, vocab_size=1 << 16)]
+
+SYSTEM = Message("system", "Be brief.")
+HI = Message("user", "hi")
+HELLO = Message("assistant", "Hello")
+
+
+@pytest.mark.parametrize(
+    ("template", "pieces"),
+    [
+        (WORLD, ("System: Be brief.\n\nUser: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant:")),
+        (G1, ("System: Be brief.\n\nUser: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant: <think")),
+        (G1H, ("System✿Be brief.✿\nUser✿hi✿\nBot✿", "Hello", "✿\nUser✿hi✿\nBot✿<think")),
+        (RAW, ("Be brief.hi", "Hello", "hi")),
+    ],
+)
+def test_a_piece_ends_where_the_model_took_over_and_where_it_ended(template: Template, pieces: tuple[str, ...]) -> None:
+    """After the opening of every answer, and after every answer, which begins as the model begins it."""
+    assert render([SYSTEM, HI, HELLO, HI], template, first=True).pieces == pieces
+
+
+def test_an_answer_of_known_tokens_stays_these_tokens() -> None:
+    """Ids that were sampled are a piece as they are, after the opening they were sampled for."""
+    parts = [HI, Answer("Assistant: <think", (63, 1, 2)), HI]
+    rendered = render(parts, G1, first=False, reasoning_effort="none")
+    assert rendered.pieces == (
+        "\n\nUser: hi\n\nAssistant: <think",
+        (63, 1, 2),
+        "\n\nUser: hi\n\nAssistant: <think></think",
+    )
+    with pytest.raises(TypeError, match="no text"):
+        _ = rendered.text
+
+
+@pytest.mark.parametrize("written", ["", ()])
+def test_an_answer_without_tokens_is_no_piece(written: str | tuple[int, ...]) -> None:
+    """Its opening and the border after it still are."""
+    pieces = render([HI, Answer("Assistant:", written), HI], WORLD, first=True).pieces
+    assert pieces == ("User: hi\n\nAssistant:", "\n\nUser: hi\n\nAssistant:")
+
+
+def test_borders_are_the_ends_of_all_pieces_but_the_last() -> None:
+    """They ascend and lie inside the prompt, whatever is empty."""
+    assert encode_pieces(ByteTokenizer(), ("ab", (7, 8, 9), "", "c", ())) == ([97, 98, 7, 8, 9, 99], [2, 5])
+    assert encode_pieces(ByteTokenizer(), ("ab",)) == ([97, 98], [])
+    assert encode_pieces(ByteTokenizer(), ()) == ([], [])
+
+
+# What a model may write: its own words after the lead, blank lines within, no space around.
+ANSWERS = st.text(st.sampled_from("ab .,\n好。é"), min_size=1).map(str.strip).filter(bool)
+QUESTIONS = st.text(st.sampled_from("ab :\n\r好é?"), min_size=1).filter(str.strip)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
+@pytest.mark.parametrize("template", [WORLD, G1, G1H, RAW], ids=lambda template: template.name)
+@given(questions=st.lists(QUESTIONS, min_size=1, max_size=4), answers=st.lists(ANSWERS, min_size=4, max_size=4))
+def test_a_resent_history_has_the_tokens_of_the_conversation(
+    tokenizer: Tokenizer, template: Template, questions: list[str], answers: list[str]
+) -> None:
+    """Rendered and encoded whole it equals what was consumed turn by turn, and it can be resumed at every turn.
+
+    Sent as text, where the answers were given without a thought; as tokens, always.
+    """
+    for openings in ({None: Opening(template.past_opening)}, template.openings):
+        spoken = replace(template, openings=openings)
+        opening = spoken.openings[None].text
+        held: list[int] = []
+        ends: list[int] = []
+        as_text: list[Part] = []
+        as_tokens: list[Part] = []
+        for turn, (question, answer) in enumerate(zip(questions, answers, strict=False)):
+            asked = Message("user", question)
+            asked_ids, _ = encode_pieces(tokenizer, render([asked], spoken, first=turn == 0).pieces)
+            for parts in [as_tokens, as_text] if opening == spoken.past_opening else [as_tokens]:
+                whole = encode_pieces(tokenizer, render([*parts, asked], spoken, first=True).pieces)
+                assert whole == (held + asked_ids, ends)
+            answer_ids = tokenizer.encode(spoken.lead + answer)
+            ends += [len(held + asked_ids), len(held + asked_ids + answer_ids)]
+            held += asked_ids + answer_ids
+            as_text += [asked, Message("assistant", answer)]
+            as_tokens += [asked, Answer(opening, tuple(answer_ids))]
