@@ -185,8 +185,9 @@ class Ledger(Protocol):
     async def create(self, conversation: Conversation, turns: Sequence[Turn] = ()) -> None:
         """Add a log with its first entries, all or nothing; raises `ConversationExists`.
 
-        The head is that of the last entry, whatever `conversation` says; without one it is at version 0. An expired or
-        deleted id raises `ConversationExpired` while its tombstone lasts.
+        The head is that of the last entry, whatever `conversation` says; without one it is at version 0. It has no
+        checkpoints. An expired or deleted id raises `ConversationExpired` while its tombstone lasts. Raises
+        `ValueError` unless the entries have the versions 1, 2, 3, ...
         """
         ...
 
@@ -235,7 +236,7 @@ class Ledger(Protocol):
 
         Returns the references that nothing points to any more, for their blobs to be deleted: the dropped ones, one
         that was recorded for `version` before, or `checkpoint` itself when its chain is not that entry's or the log is
-        gone (then nothing is dropped). Needs no lease.
+        gone (then nothing is dropped). What another version still points to is not among them. Needs no lease.
         """
         ...
 

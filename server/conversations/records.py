@@ -120,6 +120,14 @@ def decode_turn(data: bytes, conversation_id: str, version: int) -> Turn:
     return turn
 
 
+def decode_reply(data: bytes, conversation_id: str, version: int, reply_id: str) -> Turn:
+    """Return entry `version` of a log, which has that reply; raises `LedgerCorrupt` unless the record is that one's."""
+    turn = decode_turn(data, conversation_id, version)
+    if turn.reply_id != reply_id:
+        raise LedgerCorrupt(f"conversation {conversation_id!r} finds turn {version} by a reply that is not its own")
+    return turn
+
+
 def decode_turns(records: Sequence[bytes], head: Conversation, after_version: int) -> list[Turn]:
     """Return the entries after `after_version` up to the head; raises `LedgerCorrupt` unless they are exactly those."""
     whose = f"conversation {head.conversation_id!r}"

@@ -141,7 +141,7 @@ class RedisLedger:
         if not reply:
             return None
         version, record = reply
-        return records.decode_turn(record, conversation_id, version)
+        return records.decode_reply(record, conversation_id, version, reply_id)
 
     async def delete(self, conversation_id: str) -> Conversation:
         """See `Ledger.delete`."""

@@ -147,7 +147,7 @@ class SqliteLog:
             conversation_id,
             reply_id,
         )
-        return None if row is None else records.decode_turn(row[1], conversation_id, row[0])
+        return None if row is None else records.decode_reply(row[1], conversation_id, row[0], reply_id)
 
     def delete(self, conversation_id: str) -> Conversation:
         """See `Ledger.delete`."""

@@ -572,7 +572,7 @@ async def test_a_log_has_several_checkpoints(ledger: Ledger) -> None:
         version: checkpoint_of(turns[version - 1], digit) for version, digit in ((2, "a"), (11, "b"), (12, "c"))
     }
     assert list(checkpoints) == [2, 11, 12]
-    lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
+    _, head = await ledger.acquire(ID, "server", LEASE_TTL)
     assert head.checkpoints == checkpoints
     assert (await ledger.delete(ID)).checkpoints == checkpoints
 
