@@ -71,7 +71,7 @@ async def create_chat_completion(
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
             head = turn.conversation
-            prompt = planner.render(template_of(head), first=head.version == 0)
+            prompt = planner.render(template_of(head, services), first=head.version == 0)
             writer.expect(prompt)
             await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
 
@@ -79,8 +79,10 @@ async def create_chat_completion(
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
-def template_of(head: Conversation) -> Template:
+def template_of(head: Conversation, services: Services) -> Template:
     """Return the template in which the conversation's borders are written."""
+    if head.template == services.template.name:
+        return services.template
     try:
         return BUILTIN[head.template]
     except KeyError:

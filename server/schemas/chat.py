@@ -41,6 +41,13 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    reasoning_content: str | None = None  # sent back with an answer; the trained form of a history has no thoughts
+
+    @model_validator(mode="after")
+    def _check_thought(self) -> Message:
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise BadRequest("reasoning_content: only an answer has a thought.", "reasoning_content")
+        return self
 
     @property
     def text(self) -> str:

@@ -3,17 +3,8 @@
 from server.templates.answer import AnswerReader, AnswerText
 from server.templates.builtin import BUILTIN
 from server.templates.choice import choose
-from server.templates.template import (
-    Answer,
-    Message,
-    Opening,
-    Part,
-    Piece,
-    RenderedPrompt,
-    Template,
-    TemplateError,
-    render,
-)
+from server.templates.rendering import Answer, Message, Part, Piece, RenderedPrompt, render
+from server.templates.template import Opening, Template, TemplateError
 
 __all__ = [
     "BUILTIN",

@@ -5,14 +5,11 @@ The tokens of a turn are kept exactly as the model wrote them; this is a view of
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from server.templates.template import Opening
 
 END_OF_THOUGHT = "</think>"
-
-_WHITESPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,8 @@ class AnswerReader:
 
     def __init__(self, opening: Opening) -> None:
         self._thinking = opening.thinking
-        self._unshown: re.Pattern[str] | None = re.compile(opening.unshown)  # still to be skipped; None: done
+        self._completion = opening.completion  # may still come, and is skipped
+        self._skips_space = opening.skips_space  # white space may still come, and is skipped
         self._held = ""  # not decided yet: the beginning may be unshown, the end may begin END_OF_THOUGHT
 
     def push(self, text: str) -> AnswerText:
@@ -43,7 +41,7 @@ class AnswerReader:
 
     def flush(self) -> AnswerText:
         """Return what was held back, now that the text is at its end."""
-        rest = self._take(len(self._held))
+        rest = self._take(len(self._held), whole=True)
         return AnswerText(reasoning=rest) if self._thinking else AnswerText(content=rest)
 
     def _take_reasoning(self) -> str:
@@ -51,21 +49,25 @@ class AnswerReader:
         thought, end, after = self._held.partition(END_OF_THOUGHT)
         if not end:
             return self._take(len(self._held) - _overlap(self._held, END_OF_THOUGHT))
-        reasoning = self._take(len(thought))
-        self._thinking, self._unshown, self._held = False, _WHITESPACE, after
+        reasoning = self._take(len(thought), whole=True)
+        self._thinking, self._completion, self._skips_space, self._held = False, "", True, after
         return reasoning
 
-    def _take(self, size: int) -> str:
-        """Take the first `size` held characters; nothing while they may all belong to what is not shown."""
-        start = 0
-        if self._unshown is not None:
-            skipped = self._unshown.match(self._held, 0, size)
-            start = skipped.end() if skipped else 0
-            if start == size:
+    def _take(self, size: int, *, whole: bool = False) -> str:
+        """Take the first `size` held characters without what is not shown.
+
+        Unless they are `whole`, that nothing more can change what they are, those that may be unshown stay held.
+        """
+        text, self._held = self._held[:size], self._held[size:]
+        if self._completion and text:
+            if self._completion.startswith(text) and text != self._completion and not whole:
+                self._held = text + self._held
                 return ""
-            self._unshown = None
-        taken, self._held = self._held[start:size], self._held[size:]
-        return taken
+            text, self._completion = text.removeprefix(self._completion), ""
+        if self._skips_space and text:
+            text = text.lstrip()
+            self._skips_space = not text
+        return text
 
 
 def _overlap(text: str, word: str) -> int:
