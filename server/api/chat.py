@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -33,6 +34,7 @@ from server.generation import (
     generate_turn,
 )
 from server.parsing import json_body
+from server.schemas import chat as schemas
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -42,12 +44,24 @@ from server.schemas.chat import (
     ChatRequest,
     ChoiceLogprobs,
     Delta,
+    FunctionDelta,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
 from server.services import Services, ServicesOf
 from server.streaming import respond
-from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.templates import (
+    BUILTIN,
+    AnswerReader,
+    AnswerText,
+    Message,
+    RenderedPrompt,
+    Template,
+    ToolCall,
+    render,
+    tools_text,
+)
 
 router = APIRouter()
 
@@ -106,8 +120,15 @@ class Planner:
 
     def render(self, template: Template, *, first: bool) -> RenderedPrompt:
         """Return the messages as the model was trained on them; raises `TemplateError`."""
-        messages = [Message(message.role, message.text) for message in self._body.messages]
-        return render(messages, template, first=first, reasoning_effort=self._body.reasoning_effort)
+        toolbox = self._body.toolbox
+        return render(
+            [_message(message) for message in self._body.messages],
+            template,
+            first=first,
+            reasoning_effort=self._body.reasoning_effort,
+            preamble="" if toolbox is None else tools_text(toolbox, template),
+            must_call=toolbox is not None and toolbox.must_call,
+        )
 
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
@@ -119,6 +140,11 @@ class Planner:
         return [
             ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop) for index in range(self._body.n)
         ]
+
+
+def _message(message: schemas.Message) -> Message:
+    calls = [ToolCall(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return Message(message.role, message.text, calls[0] if calls else None)
 
 
 class ChatWriter:
@@ -135,7 +161,7 @@ class ChatWriter:
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
-        self._readers = [AnswerReader(prompt.opening) for _ in range(self._body.n)]
+        self._readers = [AnswerReader(prompt.opening, self._body.toolbox) for _ in range(self._body.n)]
 
     def parts(self, event: ChoiceEvent) -> Iterator[ChatChunkChoice]:
         """Return what the event adds to its choice, if a reader can see it."""
@@ -159,12 +185,12 @@ class ChatWriter:
             yield part
 
     def _finished(self, event: Finished) -> Iterator[ChatChunkChoice]:
-        rest = _delta(self._readers[event.index].flush())
+        reader = self._readers[event.index]
+        rest = _delta(reader.flush())
         if rest != NOTHING:
             yield ChatChunkChoice(index=event.index, delta=rest)
-        yield ChatChunkChoice(
-            index=event.index, delta=NOTHING, finish_reason=finish_reason(event), stop_reason=stop_reason(event)
-        )
+        reason = "tool_calls" if reader.has_called else finish_reason(event)
+        yield ChatChunkChoice(index=event.index, delta=NOTHING, finish_reason=reason, stop_reason=stop_reason(event))
 
     def chunk(self, part: ChatChunkChoice) -> ChatChunk:
         """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
@@ -224,7 +250,16 @@ NOTHING = Delta()
 
 
 def _delta(text: AnswerText) -> Delta:
-    return Delta(content=text.content or None, reasoning_content=text.reasoning or None)
+    return Delta(content=text.content or None, reasoning_content=text.reasoning or None, tool_calls=_call_deltas(text))
+
+
+def _call_deltas(text: AnswerText) -> list[ToolCallDelta] | None:
+    if text.call_name is not None:
+        function = FunctionDelta(name=text.call_name, arguments=text.call_arguments)
+        return [ToolCallDelta(index=0, id=f"call_{uuid.uuid4().hex}", type="function", function=function)]
+    if text.call_arguments:
+        return [ToolCallDelta(index=0, function=FunctionDelta(arguments=text.call_arguments))]
+    return None
 
 
 def _logprobs(tokenizer: Tokenizer, token_ids: list[int], entries: list[TokenLogprobs]) -> ChoiceLogprobs:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from server.templates.template import Effort, Opening, Template
+from server.templates.template import Effort, Opening, Template, ToolForm
 
 THINKING_EFFORTS: tuple[Effort, ...] = ("minimal", "low", "medium", "high", "xhigh")
 
@@ -28,10 +28,11 @@ WORLD = Template(
     opening=_WORLD_OPENING,
     efforts={"none": _WORLD_OPENING},
     stop_strings=_CLASSIC_STOPS,
+    tools=ToolForm(Opening("Assistant: ```json\n")),
 )
 
 # Before G1 an answer was one paragraph.
-WORLD_V4 = msgspec.structs.replace(WORLD, name="world-v4", stop_strings=("\n\n", "\nUser:"))
+WORLD_V4 = msgspec.structs.replace(WORLD, name="world-v4", stop_strings=("\n\n", "\nUser:"), tools=None)
 
 
 def _thinking(text: str, hint: str = "") -> Opening:
@@ -70,6 +71,7 @@ G1H = Template(
     efforts={"none": _not_thinking("Bot✿"), **dict.fromkeys(THINKING_EFFORTS, _thinking("Bot✿"))},
     stop_strings=("✿",),
     reserved="✿",
+    tools=ToolForm(Opening("Bot✿```json\n")),
 )
 
 # -- before World, and without a chat ---------------------------------------------------------------------------------

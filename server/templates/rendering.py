@@ -15,7 +15,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from server.templates.calls import ToolCall, is_object
 from server.templates.template import Opening, Template, TemplateError
+from server.templates.tools import tool_form
 
 SYSTEM_ROLES = ("system", "developer")
 
@@ -24,8 +26,9 @@ SYSTEM_ROLES = ("system", "developer")
 class Message:
     """One message of a chat."""
 
-    role: str  # system | developer | user | assistant
+    role: str  # system | developer | user | assistant | tool
     content: str
+    call: ToolCall | None = None  # how an assistant's message ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +61,56 @@ class RenderedPrompt:
 
 
 def render(
-    parts: Sequence[Part], template: Template, *, first: bool, reasoning_effort: str | None = None
+    parts: Sequence[Part],
+    template: Template,
+    *,
+    first: bool,
+    reasoning_effort: str | None = None,
+    preamble: str = "",
+    must_call: bool = False,
 ) -> RenderedPrompt:
     """Return the prompt for an answer to `parts`: messages, and answers exactly as they were written.
 
     `first` says that nothing came before them; otherwise the text begins with the border after the last answer.
-    Raises `TemplateError` for what the template has no form for.
+    `preamble` is a system text before all of them, in one with a system message that comes first. `must_call` opens the
+    answer as a call of a tool. Raises `TemplateError` for what the template has no form for.
     """
-    opening = _opening(template, reasoning_effort)
     if not parts:
         raise TemplateError("messages", "there is no message to answer")
     last = parts[-1]
     if isinstance(last, Answer) or last.role == "assistant":
         field = f"messages[{len(parts) - 1}].role"
         raise TemplateError(field, "the last message is an answer already; it can't be continued")
+    opening = _opening(template, reasoning_effort, must_call=must_call)
+    parts, offset = _with_preamble(parts, preamble, template)
     prompt = _Pieces()
-    for index, part in enumerate(parts):
-        prompt.extend("" if first and index == 0 else template.border)
+    for place, part in enumerate(parts):
+        prompt.extend("" if first and place == 0 else template.border)
+        field = f"messages[{place - offset}]"
         if isinstance(part, Answer):
             prompt.answer(part)
         elif part.role == "assistant":
-            prompt.answer(Answer(template.past_opening, template.lead + _content(template, part, index)))
+            prompt.answer(Answer(template.past_opening, template.lead + _answer(template, part, field)))
         else:
-            header = _header(template, part, index, parts[index - 1] if index else None)
-            prompt.extend(header + _content(template, part, index))
+            prompt.extend(_turn(template, part, parts[place - 1] if place else None, field))
     if last.role == "user":
         prompt.extend(opening.hint)
     prompt.extend(template.border + opening.text)
     return RenderedPrompt(prompt.finish(), template.stop_strings, opening)
+
+
+def _with_preamble(parts: Sequence[Part], preamble: str, template: Template) -> tuple[Sequence[Part], int]:
+    """Return the parts with the preamble before them, and how many places it has moved them."""
+    if not preamble:
+        return parts, 0
+    if template.reserved and template.reserved in preamble:
+        raise TemplateError(
+            "tools", f"{template.reserved!r} marks the turns of this model and cannot be said of a tool"
+        )
+    first = parts[0]
+    if isinstance(first, Message) and first.role in SYSTEM_ROLES:
+        return [Message(first.role, f"{preamble}\n{first.content}"), *parts[1:]], 0
+    return [Message("system", preamble), *parts], 1
 
 
 class _Pieces:
@@ -113,7 +138,11 @@ def _text(piece: Piece) -> str:
     return piece
 
 
-def _opening(template: Template, reasoning_effort: str | None) -> Opening:
+def _opening(template: Template, reasoning_effort: str | None, *, must_call: bool) -> Opening:
+    if must_call:
+        if reasoning_effort not in (None, "none"):
+            raise TemplateError("reasoning_effort", "there is no thought before a call that must be made")
+        return tool_form(template).opening
     if reasoning_effort is None:
         return template.opening
     for effort, opening in template.efforts.items():
@@ -124,24 +153,49 @@ def _opening(template: Template, reasoning_effort: str | None) -> Opening:
     raise TemplateError("reasoning_effort", message)
 
 
-def _header(template: Template, message: Message, index: int, previous: Part | None) -> str:
+def _turn(template: Template, message: Message, previous: Part | None, field: str) -> str:
+    """Return a message that is no answer as it stands in the prompt."""
+    header = _header(template, message, previous, field)
+    content = _content(template, message, field)
+    if message.role == "tool":
+        return f"{header}\n{content}" if content else header
+    return header + content
+
+
+def _header(template: Template, message: Message, previous: Part | None, field: str) -> str:
     """Return what comes before the content of a message that is no answer."""
     if message.role in SYSTEM_ROLES:
         return template.system
+    if message.role == "tool":
+        if template.tools is None:
+            raise TemplateError(f"{field}.role", f"chat template {template.name!r} has no form for results of tools")
+        return template.user + template.tools.result
     if message.role != "user":
-        known = ", ".join((*SYSTEM_ROLES, "user", "assistant"))
-        raise TemplateError(f"messages[{index}].role", f"unknown role {message.role!r}; known are: {known}")
+        known = ", ".join((*SYSTEM_ROLES, "user", "assistant", "tool"))
+        raise TemplateError(f"{field}.role", f"unknown role {message.role!r}; known are: {known}")
     follows_system = isinstance(previous, Message) and previous.role in SYSTEM_ROLES
     if template.user_after_system is not None and follows_system:
         return template.user_after_system
     return template.user
 
 
-def _content(template: Template, message: Message, index: int) -> str:
+def _answer(template: Template, message: Message, field: str) -> str:
+    """Return an answer as the model would have written it, its call included."""
+    if message.call is None:
+        return _content(template, message, field)
+    tool_form(template)
+    if not is_object(message.call.arguments):
+        raise TemplateError(f"{field}.tool_calls[0].function.arguments", "arguments must be the JSON of an object")
+    words = message.content.strip()
+    written = Message(message.role, f"{words}\n{message.call.text}" if words else message.call.text)
+    return _content(template, written, field)
+
+
+def _content(template: Template, message: Message, field: str) -> str:
     """Return the content as it stands in the prompt."""
     content = message.content if template.verbatim else _clean(message)
-    field = f"messages[{index}].content"
-    if not content:
+    field = f"{field}.content"
+    if not content and message.role != "tool":  # which may have nothing to say
         raise TemplateError(field, "the content is empty")
     if template.reserved and template.reserved in content:
         raise TemplateError(field, f"{template.reserved!r} marks the turns of this model and cannot be in a content")

@@ -7,6 +7,7 @@ nothing to run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -42,6 +43,22 @@ class Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.text.endswith(" "):
             raise ValueError("an opening must not end in a space: it is half of the token the model would write next")
 
+    @property
+    def unshown(self) -> str:
+        """Regular expression of what no reader should see at the beginning of what the model writes."""
+        completion = f"(?:{re.escape(self.completion)})?" if self.completion else ""
+        return completion + (r"\s*" if self.skips_space else "")
+
+
+class ToolForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tools are offered and how results come back. What a call looks like, `server.templates.calls` knows."""
+
+    opening: Opening  # of an answer that must be a call: up to where its JSON begins
+    title: Text = "Tools:"  # the line before the list
+    offer: Text = "To use a tool, return only a JSON function call."  # the line after it, if the model may call
+    demand: Text = "Return only a JSON function call."  # the same if it must
+    result: Text = "Function output:"  # the line before a result, in the user's place
+
 
 class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The turns of one family of models."""
@@ -58,3 +75,4 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stop_strings: Annotated[tuple[StopString, ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)]  # see docs/templates.md
     verbatim: bool = False  # contents are not cleaned
     reserved: Text = ""  # only borders hold it; a content that does could forge a turn, and is refused
+    tools: ToolForm | None = None  # None: the models know no tools

@@ -195,7 +195,7 @@ def test_stops() -> None:
     ("messages", "field", "said"),
     [
         ([], "messages", "no message"),
-        ([Message("narrator", "42"), HI], "messages[0].role", "known are: system, developer, user, assistant"),
+        ([Message("narrator", "42"), HI], "messages[0].role", "known are: system, developer, user, assistant, tool"),
         ([HI, HELLO], "messages[1].role", "can't be continued"),
         ([SYSTEM, Message("user", "")], "messages[1].content", "empty"),
     ],
