@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +16,7 @@ import msgspec
 
 from server.conversations.ledger import Answer, Item
 from server.templates import Answer as WrittenAnswer
-from server.templates import AnswerText, Message, Part, TemplateError
+from server.templates import AnswerText, Message, Part, TemplateError, ToolCall
 
 
 class TextContent(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,16 +122,31 @@ def returned(call_id: str, output: str) -> Item:
     return item_of(FunctionOutputBody(id=item_id, call_id=call_id, output=output), item_id)
 
 
-def answered(
-    answer: AnswerText, answer_id: str, *, is_complete: bool = True, ids: tuple[str, str] | None = None
-) -> list[Item]:
-    """Return what the model said, and before it what it thought, if it did; `ids` are those of thought and message."""
-    thought_id, message_id = ids or (new_id("rs"), new_id("msg"))
-    items = [thought(answer.reasoning, thought_id, answer_id)] if answer.reasoning else []
+@dataclass(frozen=True, slots=True)
+class AnswerIds:
+    """The ids of an answer's items, known before they are."""
+
+    thought: str = field(default_factory=partial(new_id, "rs"))
+    message: str = field(default_factory=partial(new_id, "msg"))
+    call_item: str = field(default_factory=partial(new_id, "fc"))
+    call: str = field(default_factory=partial(new_id, "call"))
+
+
+def answered(answer: AnswerText, answer_id: str, ids: AnswerIds, *, is_complete: bool = True) -> list[Item]:
+    """Return what the model thought, if it did, what it said, and its call of a tool, if it made one."""
+    items = [thought(answer.reasoning, ids.thought, answer_id)] if answer.reasoning else []
+    if answer.content or answer.call_name is None:
+        items.append(_message(answer.content, ids.message, answer_id, is_complete=is_complete))
+    if answer.call_name is not None:
+        items.append(called(ids.call, answer.call_name, answer.call_arguments, ids.call_item, answer_id))
+    return items
+
+
+def _message(text: str, message_id: str, answer_id: str, *, is_complete: bool) -> Item:
     status = "completed" if is_complete else "incomplete"
-    content: list[TextContent | OutputContent] = [OutputContent(text=answer.content)]
+    content: list[TextContent | OutputContent] = [OutputContent(text=text)]
     message = MessageBody(id=message_id, role="assistant", status=status, content=content)
-    return [*items, item_of(message, message_id, answer_id)]
+    return item_of(message, message_id, answer_id)
 
 
 def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]:
@@ -141,7 +158,8 @@ def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]
     for answer_id, group in groupby(items, lambda item: item.answer_id):
         answer = answers.get(answer_id) if answer_id else None
         if answer is None:
-            parts += [part for item in group if (part := _part_of(item)) is not None]
+            for item in group:
+                _add_part(parts, msgspec.json.decode(item.body))
             continue
         if answer.hint and parts and isinstance(parts[-1], Message):
             parts[-1] = Message(parts[-1].role, parts[-1].content + answer.hint)
@@ -149,15 +167,23 @@ def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]
     return parts
 
 
-def _part_of(item: Item) -> Message | None:
-    body = msgspec.json.decode(item.body)
+def _add_part(parts: list[Part], body: dict[str, Any]) -> None:
     match body["type"]:
         case "message" if body["role"] == "unknown":
             raise TemplateError("input", "text that was continued without a template cannot be said again")
         case "message":
-            return Message(body["role"], text_of(body["content"]))
+            parts.append(Message(body["role"], text_of(body["content"])))
+        case "function_call":
+            call = ToolCall(body["name"], body["arguments"])
+            last = parts[-1] if parts else None
+            if isinstance(last, Message) and last.role == "assistant" and last.call is None:
+                parts[-1] = Message(last.role, last.content, call)  # an answer may say something and call
+            else:
+                parts.append(Message("assistant", "", call))
+        case "function_call_output":
+            parts.append(Message("tool", body["output"]))
         case "reasoning":
-            return None  # a thought whose answer is not known as tokens any more is not thought again
+            pass  # a thought whose answer is not known as tokens any more is not thought again
         case other:
             raise TemplateError("input", f"an item of type {other!r} cannot be rendered")
 

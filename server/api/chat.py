@@ -19,7 +19,7 @@ from server.api.requests import (
     limited,
     with_choice,
 )
-from server.conversations.ledger import Conversation
+from server.conversations.ledger import Conversation, Item
 from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
 from server.errors import Answer
 from server.frames import DONE, FrameTemplate, frame
@@ -34,8 +34,9 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
-from server.items import answered, parts_of, said
+from server.items import AnswerIds, answered, called, new_id, parts_of, returned, said
 from server.parsing import json_body
+from server.schemas import chat as schemas
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -45,12 +46,25 @@ from server.schemas.chat import (
     ChatRequest,
     ChoiceLogprobs,
     Delta,
+    FunctionDelta,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
 from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
-from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.templates import (
+    BUILTIN,
+    AnswerReader,
+    AnswerText,
+    Message,
+    RenderedPrompt,
+    Template,
+    ToolCall,
+    read_answer,
+    render,
+    tools_text,
+)
 from server.tenants import budget_of, tenant_of
 
 router = APIRouter()
@@ -74,18 +88,21 @@ async def create_chat_completion(
             await generate_choices(services, generation, await planner.plans(prompt))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            base = await turn.base()
-            prompt = planner.render(template_of(turn.conversation), base)
+            template = template_of(turn.conversation, services)
+            base = await turn.base(planner.preamble(template))
+            prompt = planner.render(template, base)
             writer.expect(prompt)
             plan = (await planner.plans(prompt))[0]
-            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt))
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt, writer.call_ids[0]))
 
     generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
-def template_of(head: Conversation) -> Template:
+def template_of(head: Conversation, services: Services) -> Template:
     """Return the template in which the conversation's borders are written."""
+    if head.template == services.template.name:
+        return services.template
     try:
         return BUILTIN[head.template]
     except KeyError:
@@ -107,27 +124,40 @@ class Planner:
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
 
+    def preamble(self, template: Template) -> str:
+        """Return the system text that a history with these tools begins with; raises `TemplateError`."""
+        toolbox = self._body.toolbox
+        return "" if toolbox is None else tools_text(toolbox, template)
+
     def render(self, template: Template, base: Base | None = None) -> RenderedPrompt:
         """Return the messages, after what `base` has still to say, as the model was trained on them.
 
         Raises `TemplateError`.
         """
+        toolbox = self._body.toolbox
         before = [] if base is None else parts_of(base.items, base.answers)
-        messages = [Message(message.role, message.text) for message in self._body.messages]
         first = base is None or base.num_tokens == 0
-        return render([*before, *messages], template, first=first, reasoning_effort=self._body.reasoning_effort)
+        return render(
+            [*before, *map(_message, self._body.messages)],
+            template,
+            first=first,
+            reasoning_effort=self._body.reasoning_effort,
+            preamble=self.preamble(template) if first else "",
+            must_call=toolbox is not None and toolbox.must_call,
+            num_known=len(before),
+        )
 
-    def content_of(self, turn: OpenTurn, prompt: RenderedPrompt) -> Callable[[Delivered, Finished], TurnContent]:
+    def content_of(
+        self, turn: OpenTurn, prompt: RenderedPrompt, call_id: str
+    ) -> Callable[[Delivered, Finished], TurnContent]:
         """Return what makes a turn's content of the whole answer to `prompt`."""
 
         def content(whole: Delivered, finished: Finished) -> TurnContent:
-            reader = AnswerReader(prompt.opening)
-            parts = reader.push(whole.text), reader.flush()
-            answer = AnswerText("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
+            answer = read_answer(whole.text, prompt.opening, self._body.toolbox)
             is_complete = finished.reason is not FinishReason.LENGTH
-            inputs = [said(message.role, message.text) for message in self._body.messages]
+            inputs = [item for message in self._body.messages for item in _items(message)]
             return TurnContent(
-                items=[*inputs, *answered(answer, turn.answer_id, is_complete=is_complete)],
+                items=[*inputs, *answered(answer, turn.answer_id, AnswerIds(call=call_id), is_complete=is_complete)],
                 opening=prompt.opening.text,
                 hint=prompt.opening.hint,
             )
@@ -146,6 +176,19 @@ class Planner:
         ]
 
 
+def _items(message: schemas.Message) -> list[Item]:
+    """Return what a message says, as items."""
+    if message.tool_call_id is not None:
+        return [returned(message.tool_call_id, message.text)]
+    calls = [called(call.id, call.function.name, call.function.arguments) for call in message.tool_calls]
+    return calls if calls and not message.text else [said(message.role, message.text), *calls]
+
+
+def _message(message: schemas.Message) -> Message:
+    calls = [ToolCall(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return Message(message.role, message.text, calls[0] if calls else None)
+
+
 class ChatWriter:
     """What a chat completion says."""
 
@@ -154,6 +197,7 @@ class ChatWriter:
         self._body = body
         self._identity = Identity("chatcmpl", model)
         self._meter = Meter(body.n)
+        self.call_ids = [new_id("call") for _ in range(body.n)]
         self._readers: list[AnswerReader] = []
         self._prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._choices = [ChatChoice(index=index, message=AssistantMessage()) for index in range(body.n)]
@@ -163,7 +207,7 @@ class ChatWriter:
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
-        self._readers = [AnswerReader(prompt.opening) for _ in range(self._body.n)]
+        self._readers = [AnswerReader(prompt.opening, self._body.toolbox) for _ in range(self._body.n)]
 
     def opening(self) -> bytes:
         """Return nothing: a choice begins when it has a slot."""
@@ -176,8 +220,9 @@ class ChatWriter:
         return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
 
     def _text_frames(self, index: int, text: AnswerText) -> bytes:
-        if text.content and text.reasoning:
-            return frame(self._chunk_of(ChatChunkChoice(index=index, delta=_delta(text))))
+        is_call = text.call_name is not None or text.call_arguments
+        if is_call or (text.content and text.reasoning):
+            return frame(self._chunk_of(ChatChunkChoice(index=index, delta=self._delta(index, text))))
         if text.content:
             return self._said[index].fill(text.content)
         return self._thought[index].fill(text.reasoning) if text.reasoning else b""
@@ -216,7 +261,9 @@ class ChatWriter:
             yield from self._finished(event)
 
     def _delivered(self, event: Delivered) -> Iterator[ChatChunkChoice]:
-        part = ChatChunkChoice(index=event.index, delta=_delta(self._readers[event.index].push(event.text)))
+        part = ChatChunkChoice(
+            index=event.index, delta=self._delta(event.index, self._readers[event.index].push(event.text))
+        )
         if self._body.return_token_ids:
             part.token_ids = event.token_ids
         if event.logprobs is not None:
@@ -225,12 +272,12 @@ class ChatWriter:
             yield part
 
     def _finished(self, event: Finished) -> Iterator[ChatChunkChoice]:
-        rest = _delta(self._readers[event.index].flush())
+        reader = self._readers[event.index]
+        rest = self._delta(event.index, reader.flush())
         if rest != NOTHING:
             yield ChatChunkChoice(index=event.index, delta=rest)
-        yield ChatChunkChoice(
-            index=event.index, delta=NOTHING, finish_reason=finish_reason(event), stop_reason=stop_reason(event)
-        )
+        reason = "tool_calls" if reader.has_called else finish_reason(event)
+        yield ChatChunkChoice(index=event.index, delta=NOTHING, finish_reason=reason, stop_reason=stop_reason(event))
 
     def _chunk_of(self, part: ChatChunkChoice) -> ChatChunk:
         """Return `part` as a chunk; the choice's last one says where its conversation stands."""
@@ -241,6 +288,15 @@ class ChatWriter:
         if self._body.stream_options.include_usage:
             chunk.usage = None
         return chunk
+
+    def _delta(self, index: int, text: AnswerText) -> Delta:
+        calls: list[ToolCallDelta] | None = None
+        if text.call_name is not None:
+            function = FunctionDelta(name=text.call_name, arguments=text.call_arguments)
+            calls = [ToolCallDelta(index=0, id=self.call_ids[index], type="function", function=function)]
+        elif text.call_arguments:
+            calls = [ToolCallDelta(index=0, function=FunctionDelta(arguments=text.call_arguments))]
+        return Delta(content=text.content or None, reasoning_content=text.reasoning or None, tool_calls=calls)
 
     def _merge(self, part: ChatChunkChoice) -> None:
         choice = self._choices[part.index]
@@ -278,10 +334,6 @@ class ChatWriter:
 
 
 NOTHING = Delta()
-
-
-def _delta(text: AnswerText) -> Delta:
-    return Delta(content=text.content or None, reasoning_content=text.reasoning or None)
 
 
 def _logprobs(tokenizer: Tokenizer, token_ids: list[int], entries: list[TokenLogprobs]) -> ChoiceLogprobs:

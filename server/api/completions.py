@@ -32,7 +32,7 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
-from server.items import answered, said
+from server.items import AnswerIds, answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from server.services import ServedModel, Services, ServicesOf
@@ -113,7 +113,7 @@ class Planner:
         def content(whole: Delivered, finished: Finished) -> TurnContent:
             prompt = said("unknown", self._tokenizer.decode(plan.prompt_ids))
             is_complete = finished.reason is not FinishReason.LENGTH
-            answer = answered(AnswerText(content=whole.text), turn.answer_id, is_complete=is_complete)
+            answer = answered(AnswerText(content=whole.text), turn.answer_id, AnswerIds(), is_complete=is_complete)
             return TurnContent(items=[prompt, *answer])
 
         return content

@@ -79,7 +79,7 @@ class Answering:
             return len((await services.encode_pieces(prompt.pieces))[0])
         async with opened(services.turns, self._body, self._tenant, predecessor) as turn:
             base = await turn.base(self._preamble)
-            prompt = self._render(template_of(turn.conversation), base)
+            prompt = self._render(template_of(turn.conversation, self._services), base)
             return base.num_tokens + len((await services.encode_pieces(prompt.pieces))[0])
 
     # -- the steps ----------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Answering:
             if body.store:
                 await self.announce("in_progress")
             base = await turn.base(self._preamble)
-            plan = await self._plan(self._render(template_of(turn.conversation), base))
+            plan = await self._plan(self._render(template_of(turn.conversation, self._services), base))
             if body.store or body.conversation is not None:
                 await generate_turn(services, generation, turn, plan, partial(self._content, turn, plan))
             else:  # the history stays as it is

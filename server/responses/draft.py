@@ -13,7 +13,7 @@ from engine.tokenizer import Tokenizer
 from server.conversations.ledger import Item
 from server.conversations.open_turn import TurnReceipt
 from server.generation import Delivered, Finished
-from server.items import answered, new_id
+from server.items import AnswerIds, answered
 from server.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -25,8 +25,7 @@ from server.schemas.responses import (
     ResponseUsage,
     StateInfo,
 )
-from server.templates import AnswerReader, AnswerText, RenderedPrompt
-from server.templates.answer import END_OF_THOUGHT
+from server.templates import END_OF_THOUGHT, AnswerReader, RenderedPrompt, read_answer
 
 
 class Draft:
@@ -34,7 +33,7 @@ class Draft:
 
     def __init__(self, body: ResponseRequest, model: str, tokenizer: Tokenizer) -> None:
         self.response_id = f"resp_{uuid.uuid4().hex}"
-        self.thought_id, self.message_id = new_id("rs"), new_id("msg")
+        self.ids = AnswerIds()
         self.prompt: RenderedPrompt | None = None  # set when it is rendered
         self._tokenizer = tokenizer
         self._begun = Response(
@@ -69,11 +68,12 @@ class Draft:
 
     def items(self, whole: Delivered, finished: Finished, answer_id: str = "") -> list[Item]:
         """Return the items of the whole answer."""
+        assert self.prompt is not None, "an answer follows a prompt"
         return answered(
-            self._read(whole.text),
+            read_answer(whole.text, self.prompt.opening),
             answer_id,
+            self.ids,
             is_complete=finished.reason is not FinishReason.LENGTH,
-            ids=(self.thought_id, self.message_id),
         )
 
     def completed(
@@ -106,11 +106,6 @@ class Draft:
         """Return what tells thought and answer apart."""
         assert self.prompt is not None, "an answer follows a prompt"
         return AnswerReader(self.prompt.opening)
-
-    def _read(self, text: str) -> AnswerText:
-        reader = self.reader()
-        parts = reader.push(text), reader.flush()
-        return AnswerText("".join(part.reasoning for part in parts), "".join(part.content for part in parts))
 
     def _usage(
         self, whole: Delivered, num_prompt_tokens: int, num_cached: int, receipt: TurnReceipt | None

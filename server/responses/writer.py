@@ -117,7 +117,7 @@ class ResponseWriter:
         if self._open is not None and self._open.thinking == thinking:
             return b""
         closed = self._close()
-        item_id = self._draft.thought_id if thinking else self._draft.message_id
+        item_id = self._draft.ids.thought if thinking else self._draft.ids.message
         self._open = item = _OpenItem(item_id, self._num_closed, thinking)
         added = self._event("response.output_item.added", output_index=item.index, item=item.body("in_progress", []))
         return closed + added + self._event("response.content_part.added", **item.place, part=item.part(""))

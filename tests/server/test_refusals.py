@@ -125,6 +125,7 @@ IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": 7}], "messages[0].content"),
     ("messages", [{"role": "user", "content": ""}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "x", "mood": "good"}], "messages[0].mood"),
+    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "reasoning_content"),
     ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].role"),
     ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "tool_calls"),
     (
@@ -224,7 +225,14 @@ def test_what_asks_for_nothing_is_accepted_in_a_chat(http: httpx.Client) -> None
     history = [
         {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
         {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []},
+        {
+            "role": "assistant",
+            "content": "hi",
+            "reasoning_content": "Say hi.",
+            "refusal": None,
+            "tool_calls": None,
+            "annotations": [],
+        },
         {"role": "user", "content": "again"},
     ]
     response = http.post("/v1/chat/completions", json={**CHAT, "messages": history, **neutral})
