@@ -30,7 +30,7 @@ from server.responses.log import opened, predecessor_of
 from server.responses.writer import ResponseWriter
 from server.schemas.responses import ResponseRequest
 from server.services import Services
-from server.templates import Message, RenderedPrompt, Template, render
+from server.templates import RenderedPrompt, Template, render, tools_text
 
 
 class Answering:
@@ -78,8 +78,8 @@ class Answering:
             prompt = self._render(services.template, None)
             return len((await services.encode_pieces(prompt.pieces))[0])
         async with opened(services.turns, self._body, self._tenant, predecessor) as turn:
-            base = await turn.base(self._preamble)
-            prompt = self._render(template_of(turn.conversation, self._services), base)
+            template = template_of(turn.conversation, services)
+            prompt = self._render(template, base := await turn.base(self._preamble(template)))
             return base.num_tokens + len((await services.encode_pieces(prompt.pieces))[0])
 
     # -- the steps ----------------------------------------------------------------------------------------------------
@@ -96,8 +96,8 @@ class Answering:
             self._log_id = turn.conversation.conversation_id
             if body.store:
                 await self.announce("in_progress")
-            base = await turn.base(self._preamble)
-            plan = await self._plan(self._render(template_of(turn.conversation, self._services), base))
+            template = template_of(turn.conversation, services)
+            plan = await self._plan(self._render(template, await turn.base(self._preamble(template))))
             if body.store or body.conversation is not None:
                 await generate_turn(services, generation, turn, plan, partial(self._content, turn, plan))
             else:  # the history stays as it is
@@ -110,19 +110,25 @@ class Answering:
         self.writer.finish(self.draft.completed(items, whole, finished, len(plan.prompt_ids)))
         generation.emit(finished)
 
-    @property
-    def _preamble(self) -> str:
-        return self._body.instructions or ""
+    def _preamble(self, template: Template) -> str:
+        """Return the system text that a history with these instructions and tools begins with."""
+        toolbox = self._body.toolbox
+        tools = "" if toolbox is None else tools_text(toolbox, template)
+        return "\n".join(filter(None, (self._body.instructions, tools)))
 
     def _render(self, template: Template, base: Base | None) -> RenderedPrompt:
         first = base is None or base.num_tokens == 0
-        preamble = self._preamble if first else ""
-        parts = [
-            *([Message("system", preamble)] if preamble else []),
-            *([] if base is None else parts_of(base.items, base.answers)),
-            *parts_of(self._inputs, {}),
-        ]
-        self.draft.prompt = render(parts, template, first=first, reasoning_effort=self._body.reasoning.effort)
+        toolbox = self._body.toolbox
+        before = [] if base is None else parts_of(base.items, base.answers)
+        self.draft.prompt = render(
+            [*before, *parts_of(self._inputs, {})],
+            template,
+            first=first,
+            reasoning_effort=self._body.reasoning.effort,
+            preamble=self._preamble(template) if first else "",
+            must_call=toolbox is not None and toolbox.must_call,
+            num_known=len(before),
+        )
         return self.draft.prompt
 
     async def _plan(self, prompt: RenderedPrompt) -> ChoicePlan:

@@ -36,6 +36,7 @@ class Draft:
         self.ids = AnswerIds()
         self.prompt: RenderedPrompt | None = None  # set when it is rendered
         self._tokenizer = tokenizer
+        self._toolbox = body.toolbox
         self._begun = Response(
             id=self.response_id,
             created_at=int(time.time()),
@@ -54,6 +55,9 @@ class Draft:
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             top_logprobs=body.top_logprobs or 0,
+            parallel_tool_calls=body.parallel_tool_calls,
+            tools=[{**tool.model_dump(), "type": "function"} for tool in body.tools],
+            tool_choice=_tool_choice(body),
             truncation=body.truncation,
         )
 
@@ -70,7 +74,7 @@ class Draft:
         """Return the items of the whole answer."""
         assert self.prompt is not None, "an answer follows a prompt"
         return answered(
-            read_answer(whole.text, self.prompt.opening),
+            read_answer(whole.text, self.prompt.opening, self._toolbox),
             answer_id,
             self.ids,
             is_complete=finished.reason is not FinishReason.LENGTH,
@@ -105,7 +109,7 @@ class Draft:
     def reader(self) -> AnswerReader:
         """Return what tells thought and answer apart."""
         assert self.prompt is not None, "an answer follows a prompt"
-        return AnswerReader(self.prompt.opening)
+        return AnswerReader(self.prompt.opening, self._toolbox)
 
     def _usage(
         self, whole: Delivered, num_prompt_tokens: int, num_cached: int, receipt: TurnReceipt | None
@@ -134,3 +138,9 @@ class Draft:
             if end in seen:
                 return number
         return len(whole.token_ids)
+
+
+def _tool_choice(body: ResponseRequest) -> object:
+    if body.tool_choice is None:
+        return "auto"
+    return body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,7 +14,7 @@ from server.api.replies import clamped, most_likely
 from server.errors import Answer
 from server.frames import frame
 from server.generation import ChoiceEvent, Delivered, Finished
-from server.items import MessageBody, OutputContent, ReasoningBody, ReasoningText
+from server.items import FunctionCallBody, MessageBody, OutputContent, ReasoningBody, ReasoningText
 from server.responses.draft import Draft
 from server.schemas.responses import Response
 from server.templates import AnswerReader, AnswerText
@@ -31,6 +33,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     part: Any = msgspec.UNSET
     delta: str | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str | msgspec.UnsetType = msgspec.UNSET
     logprobs: list[Any] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -43,7 +47,7 @@ class ResponseWriter:
         self._queued = queued
         self._number = 0
         self._reader: AnswerReader | None = None
-        self._open: _OpenItem | None = None
+        self._open: _Thought | _Words | _Call | None = None
         self._num_closed = 0
         self._final: Response | None = None
 
@@ -101,56 +105,46 @@ class ResponseWriter:
     def _said(self, text: AnswerText, event: Delivered | None) -> bytes:
         frames = b""
         if text.reasoning:
-            frames += self._begin(thinking=True) + self._delta("response.reasoning_text.delta", text.reasoning)
-        if text.content or (event is not None and event.logprobs and self._is_answering):
+            frames += self._begin(_Thought, self._draft.ids.thought) + self._grow(text.reasoning)
+        if text.content or (event is not None and event.logprobs and isinstance(self._open, _Words)):
             logprobs = [] if event is None else self._logprobs(event)
-            frames += self._begin(thinking=False)
-            frames += self._delta("response.output_text.delta", text.content, logprobs=logprobs)
+            frames += self._begin(_Words, self._draft.ids.message) + self._grow(text.content, logprobs)
+        if text.call_name is not None:
+            frames += self._begin(partial(_Call, self._draft.ids.call, text.call_name), self._draft.ids.call_item)
+        if text.call_arguments:
+            frames += self._grow(text.call_arguments)
         return frames
 
-    @property
-    def _is_answering(self) -> bool:
-        return self._open is not None and not self._open.thinking
-
-    def _begin(self, *, thinking: bool) -> bytes:
-        """Open the item that what comes next belongs to, and close one of another kind."""
-        if self._open is not None and self._open.thinking == thinking:
+    def _begin(self, kind: Callable[[str, int], _Thought | _Words | _Call], item_id: str) -> bytes:
+        """Open the item that what comes next belongs to, and close another."""
+        if self._open is not None and self._open.item_id == item_id:
             return b""
         closed = self._close()
-        item_id = self._draft.ids.thought if thinking else self._draft.ids.message
-        self._open = item = _OpenItem(item_id, self._num_closed, thinking)
-        added = self._event("response.output_item.added", output_index=item.index, item=item.body("in_progress", []))
-        return closed + added + self._event("response.content_part.added", **item.place, part=item.part(""))
+        self._open = item = kind(item_id, self._num_closed)
+        return closed + self._events(item.opening())
 
-    def _delta(self, name: str, text: str, **fields: Any) -> bytes:
+    def _grow(self, text: str, logprobs: list[dict[str, Any]] | None = None) -> bytes:
         assert self._open is not None, "text belongs to an item"
-        self._open.text += text
-        self._open.logprobs += fields.get("logprobs", [])
-        return self._event(name, **self._open.place, delta=text, **fields)
+        return self._events([self._open.grow(text, logprobs or [])])
 
     def _close(self, status: str = "completed") -> bytes:
         item, self._open = self._open, None
         if item is None:
             return b""
         self._num_closed += 1
-        part = item.part(item.text)
-        if item.thinking:
-            said = self._event("response.reasoning_text.done", **item.place, text=item.text)
-        else:
-            said = self._event("response.output_text.done", **item.place, text=item.text, logprobs=item.logprobs)
-        ended = self._event("response.content_part.done", **item.place, part=part)
-        body = item.body(status, [part])
-        return said + ended + self._event("response.output_item.done", output_index=item.index, item=body)
+        return self._events(item.closing(status))
+
+    def _events(self, events: Iterable[tuple[str, dict[str, Any]]]) -> bytes:
+        return b"".join(self._event(name, **fields) for name, fields in events)
 
     def _finished(self, event: Finished) -> bytes:
         if self._reader is None:
             self._reader = self._draft.reader()
         frames = self._said(self._reader.flush(), None)
         response = self.reply()
-        is_complete = response.status == "completed"
-        if not self._is_answering:
-            frames += self._begin(thinking=False)  # an answer may be empty, and is an item all the same
-        frames += self._close("completed" if is_complete else "incomplete")
+        if len(response.output) > self._num_closed + (self._open is not None):
+            frames += self._begin(_Words, self._draft.ids.message)  # an empty answer is an item all the same
+        frames += self._close("completed" if response.status == "completed" else "incomplete")
         return frames + self._event(f"response.{response.status}", response=response)
 
     def _logprobs(self, event: Delivered) -> list[dict[str, Any]]:
@@ -194,27 +188,110 @@ def frames_after(response: Response, start: int) -> bytes:
     return b"".join([*frames, event(f"response.{name}", response=response)])
 
 
-class _OpenItem:
-    """The item that is being said."""
+Said = tuple[str, dict[str, Any]]  # the name of an event, and its fields
 
-    def __init__(self, item_id: str, index: int, thinking: bool) -> None:
+
+class _Item:
+    """An item that is being said: its events as it begins, grows and ends."""
+
+    def __init__(self, item_id: str, index: int) -> None:
         self.item_id = item_id
-        self.index = index
-        self.thinking = thinking
         self.text = ""
-        self.logprobs: list[dict[str, Any]] = []
+        self._index = index
+
+    def _added(self, body: msgspec.Struct) -> Said:
+        return "response.output_item.added", {"output_index": self._index, "item": body}
+
+    def _done(self, body: msgspec.Struct) -> Said:
+        return "response.output_item.done", {"output_index": self._index, "item": body}
 
     @property
-    def place(self) -> dict[str, Any]:
-        """Where its only part is."""
-        return {"item_id": self.item_id, "output_index": self.index, "content_index": 0}
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.item_id, "output_index": self._index}
 
-    def part(self, text: str) -> ReasoningText | OutputContent:
-        """Return its part, saying `text`."""
-        return ReasoningText(text=text) if self.thinking else OutputContent(text=text, logprobs=self.logprobs)
+    @property
+    def _part_place(self) -> dict[str, Any]:
+        return {**self._place, "content_index": 0}
 
-    def body(self, status: str, content: list[Any]) -> ReasoningBody | MessageBody:
-        """Return the item."""
-        if self.thinking:
-            return ReasoningBody(id=self.item_id, status=status, content=content)
-        return MessageBody(id=self.item_id, status=status, role="assistant", content=content)
+
+class _Thought(_Item):
+    """A thought."""
+
+    def opening(self) -> list[Said]:
+        """It begins."""
+        part = ("response.content_part.added", {**self._part_place, "part": ReasoningText(text="")})
+        return [self._added(ReasoningBody(id=self.item_id, status="in_progress", content=[])), part]
+
+    def grow(self, text: str, logprobs: list[dict[str, Any]]) -> Said:
+        """It goes on."""
+        self.text += text
+        return "response.reasoning_text.delta", {**self._part_place, "delta": text}
+
+    def closing(self, status: str) -> list[Said]:
+        """It ends."""
+        part = ReasoningText(text=self.text)
+        return [
+            ("response.reasoning_text.done", {**self._part_place, "text": self.text}),
+            ("response.content_part.done", {**self._part_place, "part": part}),
+            self._done(ReasoningBody(id=self.item_id, status=status, content=[part])),
+        ]
+
+
+class _Words(_Item):
+    """A message."""
+
+    def __init__(self, item_id: str, index: int) -> None:
+        super().__init__(item_id, index)
+        self._logprobs: list[dict[str, Any]] = []
+
+    def opening(self) -> list[Said]:
+        """It begins."""
+        body = MessageBody(id=self.item_id, status="in_progress", role="assistant", content=[])
+        return [
+            self._added(body),
+            ("response.content_part.added", {**self._part_place, "part": OutputContent(text="")}),
+        ]
+
+    def grow(self, text: str, logprobs: list[dict[str, Any]]) -> Said:
+        """It goes on."""
+        self.text += text
+        self._logprobs += logprobs
+        return "response.output_text.delta", {**self._part_place, "delta": text, "logprobs": logprobs}
+
+    def closing(self, status: str) -> list[Said]:
+        """It ends."""
+        part = OutputContent(text=self.text, logprobs=self._logprobs)
+        said = {**self._part_place, "text": self.text, "logprobs": self._logprobs}
+        return [
+            ("response.output_text.done", said),
+            ("response.content_part.done", {**self._part_place, "part": part}),
+            self._done(MessageBody(id=self.item_id, status=status, role="assistant", content=[part])),
+        ]
+
+
+class _Call(_Item):
+    """A call of a tool."""
+
+    def __init__(self, call_id: str, name: str, item_id: str, index: int) -> None:
+        super().__init__(item_id, index)
+        self._call_id = call_id
+        self._name = name
+
+    def opening(self) -> list[Said]:
+        """It begins."""
+        return [self._added(self._body("in_progress"))]
+
+    def grow(self, text: str, logprobs: list[dict[str, Any]]) -> Said:
+        """It goes on."""
+        self.text += text
+        return "response.function_call_arguments.delta", {**self._place, "delta": text}
+
+    def closing(self, status: str) -> list[Said]:
+        """It ends."""
+        said = {**self._place, "name": self._name, "arguments": self.text}
+        return [("response.function_call_arguments.done", said), self._done(self._body(status))]
+
+    def _body(self, status: str) -> FunctionCallBody:
+        return FunctionCallBody(
+            id=self.item_id, status=status, call_id=self._call_id, name=self._name, arguments=self.text
+        )

@@ -12,6 +12,8 @@ from server.schemas.conversations import Metadata
 from server.schemas.generation import MAX_PROMPT_CHARS, ConversationReference, SamplingFields, as_reference
 from server.schemas.items import InputItems, check_size
 from server.schemas.strict import StrictModel
+from server.schemas.tools import MAX_TOOLS, FunctionDefinition, FunctionName, check_tools, toolbox_of
+from server.templates import Toolbox
 
 RESPONSE_ID = r"resp_[A-Za-z0-9]{1,64}"
 ResponseId = Annotated[str, StringConstraints(pattern=rf"^{RESPONSE_ID}$")]
@@ -59,6 +61,19 @@ class TextConfig(StrictModel):
     format: TextFormat = TextFormat()
 
 
+class ResponseTool(FunctionDefinition):
+    """A function that the model may call. Functions are the only kind of tool."""
+
+    type: Literal["function"]
+
+
+class ResponseToolChoice(StrictModel):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
 class ResponseStreamOptions(StrictModel):
     """What a stream says besides events."""
 
@@ -70,9 +85,6 @@ class ResponseRequest(SamplingFields):
 
     without_effect: ClassVar[frozenset[str]] = SamplingFields.without_effect | {"context_management"}
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "max_tool_calls": (),
         "prompt": (),
         "service_tier": ("auto", "default"),
@@ -92,6 +104,9 @@ class ResponseRequest(SamplingFields):
     text: TextConfig = TextConfig()
     include: list[str] = []
     top_logprobs: int | None = Field(None, ge=0)
+    tools: list[ResponseTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    parallel_tool_calls: bool = True  # either way: an answer of these models makes one call
     truncation: Literal["auto", "disabled"] = "disabled"  # a recurrent state has no window to cut to
     stream_options: ResponseStreamOptions = ResponseStreamOptions()
 
@@ -102,10 +117,20 @@ class ResponseRequest(SamplingFields):
             raise BadRequest("previous_response_id and conversation exclude each other.", "previous_response_id")
         if self.background and not self.store:
             raise BadRequest("background: a response that is not stored cannot be asked for later.", "background")
+        check_tools(self.tools, self.tool_choice, self._called_name, lambda index: f"tools[{index}].parameters")
         unknown = [name for name in self.include if name not in INCLUDABLE]
         if unknown:
             raise BadRequest("include: there is no such addition.", "include")
         return self
+
+    @property
+    def _called_name(self) -> str | None:
+        return self.tool_choice.name if isinstance(self.tool_choice, ResponseToolChoice) else None
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        """The tools that the model hears of; None: it is not to call any."""
+        return toolbox_of(self.tools, self.tool_choice, self._called_name)
 
     @property
     def num_logprobs(self) -> int | None:
