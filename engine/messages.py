@@ -66,6 +66,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     num_logprobs: int | None = None  # None: no log-probabilities; k: the chosen token's and the k most likely
     grammar: Grammar | None = None
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were generated before weigh on the next."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
 
 class StopRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When a sequence ends. Neither a stop token nor any byte of a stop string is part of its output or its state."""

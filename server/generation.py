@@ -79,6 +79,7 @@ class ChoicePlan:
     sampling: SamplingParams
     stop: StopRules
     num_prompt_logprobs: int | None = None
+    priority: int = 0
 
 
 class Generation:
@@ -173,6 +174,7 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
         stop=plan.stop,
         source=StateSource(num_tokens=0, chain=root_digest()),
         num_prompt_logprobs=plan.num_prompt_logprobs,
+        priority=plan.priority,
     )
     last = await _follow(services, generation, plan, services.engine.generate(request))
     generation.emit(last)
@@ -180,7 +182,7 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
 
 async def generate_turn(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> None:
     """Generate the next turn of a conversation and commit it."""
-    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs)
+    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, plan.priority)
     last = await _follow(services, generation, plan, events)
     generation.begin_commit()
     receipt = await turn.commit()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import msgspec
 from fastapi import Request
 
+from engine.errors import InvalidRequest
 from engine.messages import SamplingParams
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
 from server.schemas.generation import GenerationFields
 from server.services import Services
+from server.templates import END_OF_THOUGHT, Opening
 
 ENTITY_TAG = re.compile(r'"?(\d{1,9})"?')
 
@@ -60,3 +64,24 @@ def check_num_logprobs(name: str, value: int | None, services: Services) -> int 
 def with_choice(sampling: SamplingParams, choice_idx: int) -> SamplingParams:
     """Return the sampling of one of `n` choices: the first as asked, each other with the next seed."""
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice_idx) % 2**64)
+
+
+def answering(sampling: SamplingParams, opening: Opening) -> SamplingParams:
+    """Return the sampling of an answer that begins with `opening`: its grammar is of what a reader will see."""
+    if sampling.grammar is None:
+        return sampling
+    after, lead = (END_OF_THOUGHT, r"\s*") if opening.thinking else ("", opening.unshown)
+    grammar = msgspec.structs.replace(sampling.grammar, after=after, lead=lead)
+    return msgspec.structs.replace(sampling, grammar=grammar)
+
+
+@contextlib.contextmanager
+def grammar_named(body: GenerationFields) -> Iterator[None]:
+    """Let the engine's complaints about a grammar name the field that brought it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "grammar":
+            raise
+        name = next(iter(body.asked_grammars))
+        raise BadRequest(f"{name}: {str(error).removeprefix('grammar ')}.", name) from None

@@ -23,6 +23,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.client import AsyncEngine
 from engine.errors import CheckpointError, EngineError, StateUnavailable
 from engine.messages import (
@@ -38,6 +40,7 @@ from engine.messages import (
     StopRules,
 )
 from engine.token_chain import extend_digest, root_digest
+from server.conversations.counted_tokens import NUM_COUNTED_TOKENS, newest_outputs
 from server.conversations.lease_keeper import LeaseKeeper
 from server.conversations.ledger import (
     Conversation,
@@ -315,6 +318,7 @@ class OpenTurn:
         sampling: SamplingParams,
         stop: StopRules,
         num_prompt_logprobs: int | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[SequenceEvent]:
         """Consume `prompt_ids` after the conversation's history and yield what comes of it.
 
@@ -330,6 +334,8 @@ class OpenTurn:
             source=await self._newest_source(),
             keep_state=True,
             num_prompt_logprobs=num_prompt_logprobs,
+            priority=priority,
+            counted_ids=await self._counted_ids(sampling),
         )
         async with contextlib.aclosing(self._run_or_replay(request)) as events:
             async for event in events:
@@ -407,18 +413,17 @@ class OpenTurn:
             if request.source.checkpoint is None:
                 raise
             logger.warning("state not available: replaying the log", extra={"reason": str(unavailable)})
-        whole = GenerationRequest(
-            request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
-            stop=request.stop,
-            source=await self._whole_source(),
-            keep_state=True,
-            num_prompt_logprobs=request.num_prompt_logprobs,
-        )
+        whole = msgspec.structs.replace(request, source=await self._whole_source())
         async with contextlib.aclosing(self._turns.engine.generate(whole)) as events:
             async for event in events:
                 yield event
+
+    async def _counted_ids(self, sampling: SamplingParams) -> list[int]:
+        """Return what the conversation generated last, if penalties count it."""
+        if not sampling.has_penalties or self.conversation.version == 0:
+            return []
+        turns = await self._turns.ledger.turns(self.conversation.conversation_id, 0)
+        return newest_outputs(turns, NUM_COUNTED_TOKENS)
 
     async def _newest_source(self) -> StateSource:
         """Name the history's state, its newest checkpoint, and the tokens after that."""

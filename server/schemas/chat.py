@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from pydantic import BeforeValidator, Field, model_validator
 
+from engine.messages import Grammar
 from server.errors import BadRequest
 from server.schemas.generation import MAX_PROMPT_CHARS, GenerationFields
 from server.schemas.replies import ConversationInfo, Usage
 from server.schemas.strict import StrictModel
+from server.schemas.structured import ResponseFormat
 
 MAX_MESSAGES = 4096
 
@@ -57,7 +59,6 @@ class ChatRequest(GenerationFields):
         "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -72,6 +73,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @model_validator(mode="after")
@@ -83,6 +85,12 @@ class ChatRequest(GenerationFields):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise BadRequest("max_tokens and max_completion_tokens contradict each other.", "max_tokens")
         return self
+
+    @property
+    def asked_grammars(self) -> dict[str, Grammar]:
+        """The grammars of the answer, by the fields that ask for them; there may be one."""
+        grammar = None if self.response_format is None else self.response_format.grammar
+        return ({} if grammar is None else {"response_format": grammar}) | super().asked_grammars
 
     @property
     def num_logprobs(self) -> int | None:
