@@ -80,6 +80,7 @@ class ChoicePlan:
     sampling: SamplingParams
     stop: StopRules
     num_prompt_logprobs: int | None = None
+    priority: int = 0
 
 
 class Generation:
@@ -203,6 +204,7 @@ async def generate_alone(services: Services, generation: Generation, plan: Choic
         stop=plan.stop,
         source=StateSource(num_tokens=0, chain=root_digest()),
         num_prompt_logprobs=plan.num_prompt_logprobs,
+        priority=plan.priority,
     )
     choice = _Choice(services, generation, plan)
     finished = await _follow(choice, services.engine.generate(request))
@@ -214,7 +216,7 @@ async def generate_untold(
 ) -> tuple[Delivered, Finished]:
     """As `generate_alone`, after a conversation's history, which stays as it is."""
     choice = _Choice(services, generation, plan)
-    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, keep_state=False)
+    events = _turn_events(turn, plan, keep_state=False)
     finished = await _follow(choice, events)
     return choice.whole, msgspec.structs.replace(finished, receipt=turn.receipt)
 
@@ -233,10 +235,7 @@ async def generate_turn(
     instead, as tokens.
     """
     choice = _Choice(services, generation, plan)
-    events = turn.generate(
-        plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, keep_state=remembered is None
-    )
-    last = await _follow(choice, events)
+    last = await _follow(choice, _turn_events(turn, plan, keep_state=remembered is None))
     if remembered is not None:
         await turn.consume_instead(*await remembered(choice.whole.text))
     finished = Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, turn.receipt)
@@ -244,6 +243,17 @@ async def generate_turn(
     generation.begin_commit()
     await turn.commit(content)
     generation.emit(finished)
+
+
+def _turn_events(turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool) -> AsyncIterator[SequenceEvent]:
+    return turn.generate(
+        plan.prompt_ids,
+        plan.sampling,
+        plan.stop,
+        plan.num_prompt_logprobs,
+        priority=plan.priority,
+        keep_state=keep_state,
+    )
 
 
 async def _follow(choice: _Choice, events: AsyncIterator[SequenceEvent]) -> Finished:

@@ -12,10 +12,12 @@ from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
+    answering,
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
+    grammar_named,
     limited,
     with_choice,
 )
@@ -81,6 +83,10 @@ async def create_chat_completion(
     writer = ChatWriter(services.model, services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
+        with grammar_named(body):
+            await generate(generation)
+
+    async def generate(generation: Generation) -> None:
         selector = conversation_of(body, tenant_of(request))
         if selector is None:
             prompt = planner.render(services.template)
@@ -171,8 +177,10 @@ class Planner:
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
+        sampling = answering(self._sampling, prompt.opening, self._body.toolbox)
         return [
-            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop) for index in range(self._body.n)
+            ChoicePlan(index, prompt_ids, with_choice(sampling, index), stop, priority=self._body.priority)
+            for index in range(self._body.n)
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from server.api.requests import (
     check_num_logprobs,
     conversation_of,
     expected_version,
+    grammar_named,
     limited,
     with_choice,
 )
@@ -56,6 +58,10 @@ async def create_completion(
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
 
     async def work(generation: Generation) -> None:
+        with grammar_named(body):
+            await generate(generation)
+
+    async def generate(generation: Generation) -> None:
         selector = conversation_of(body, tenant_of(request))
         if selector is None:
             await generate_choices(services, generation, planner.plans(prompts))
@@ -80,6 +86,8 @@ class Planner:
         self._tokenizer = tokenizer = services.tokenizer
         self._body = body
         num_logprobs = check_num_logprobs("logprobs", body.logprobs, services)
+        if body.num_candidates > body.n and num_logprobs is None:
+            num_logprobs = 0  # of each token alone: what the best are chosen by
         max_tokens = limited("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, services.settings.max_output_tokens)
         self._sampling = body.sampling(tokenizer.vocab_size, num_logprobs)
         self._stop = body.stop_rules(max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids)
@@ -94,17 +102,18 @@ class Planner:
         return prompt
 
     def plans(self, prompts: Sequence[list[int]], *, continues: bool = False) -> list[ChoicePlan]:
-        """Return `n` choices of every prompt, in order."""
+        """Return the candidates of every prompt, in order."""
         return [
             ChoicePlan(
-                index=prompt_idx * self._body.n + choice_idx,
+                index=prompt_idx * self._body.num_candidates + choice_idx,
                 prompt_ids=self._begun(prompt_ids, continues),
                 sampling=with_choice(self._sampling, choice_idx),
                 stop=self._stop,
-                num_prompt_logprobs=self._sampling.num_logprobs if self._body.echo else None,
+                num_prompt_logprobs=self._body.logprobs if self._body.echo else None,
+                priority=self._body.priority,
             )
             for prompt_idx, prompt_ids in enumerate(prompts)
-            for choice_idx in range(self._body.n)
+            for choice_idx in range(self._body.num_candidates)
         ]
 
     def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Delivered, Finished], TurnContent]:
@@ -133,14 +142,15 @@ class CompletionWriter:
     """What a completion says."""
 
     def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: CompletionRequest) -> None:
-        num_choices = len(body.prompts) * body.n
+        num_choices = len(body.prompts) * body.num_candidates
         self._tokenizer = tokenizer
         self._body = body
         self._identity = Identity("cmpl", model)
-        self._meter = Meter(body.n)
+        self._meter = Meter(body.num_candidates)
         self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
         self._logprobs = [LogprobsWriter(tokenizer) for _ in range(num_choices)]
         self._templates = [self._template(index) for index in range(num_choices)]
+        self._scores = [_Score() for _ in range(num_choices)]
 
     def opening(self) -> bytes:
         """Return nothing: a completion begins with its first text."""
@@ -173,15 +183,17 @@ class CompletionWriter:
         self._meter.see(event)
         if isinstance(event, Prompted) and (self._body.echo or self._body.return_token_ids):
             yield self._prompted(event)
-        elif isinstance(event, Delivered) and (event.text or event.logprobs or self._body.return_token_ids):
-            yield self._delivered(event)
+        elif isinstance(event, Delivered):
+            self._scores[event.index].see(event)
+            if event.text or event.logprobs or self._body.return_token_ids:
+                yield self._delivered(event)
         elif isinstance(event, Finished):
             yield CompletionChoice(
                 index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
             )
 
     def _prompted(self, event: Prompted) -> CompletionChoice:
-        prompt = self._body.prompts[event.index // self._body.n]
+        prompt = self._body.prompts[event.index // self._body.num_candidates]
         part = CompletionChoice(index=event.index, text="")
         if self._body.return_token_ids:
             part.prompt_token_ids = event.prompt_ids
@@ -195,7 +207,7 @@ class CompletionWriter:
         part = CompletionChoice(index=event.index, text=event.text)
         if self._body.return_token_ids:
             part.token_ids = event.token_ids
-        if event.logprobs is not None:
+        if event.logprobs is not None and self._body.logprobs is not None:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
         return part
 
@@ -222,8 +234,15 @@ class CompletionWriter:
             choice.token_ids += part.token_ids
 
     def reply(self) -> Completion:
-        """Return the whole reply."""
-        return self._whole(self._choices)
+        """Return the whole reply: of every prompt's candidates the best, the best of them first."""
+        if self._body.num_candidates == self._body.n:
+            return self._whole(self._choices)
+        told = []
+        for start in range(0, len(self._choices), self._body.num_candidates):
+            candidates = self._choices[start : start + self._body.num_candidates]
+            candidates.sort(key=lambda choice: -self._scores[choice.index].mean)
+            told += candidates[: self._body.n]
+        return self._whole([msgspec.structs.replace(choice, index=index) for index, choice in enumerate(told)])
 
     def _whole(self, choices: list[CompletionChoice]) -> Completion:
         completion = self._completion(choices)
@@ -240,6 +259,24 @@ class CompletionWriter:
             system_fingerprint=identity.system_fingerprint,
             choices=choices,
         )
+
+
+class _Score:
+    """How likely a candidate is, whatever its length."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._num_tokens = 0
+
+    def see(self, event: Delivered) -> None:
+        """Take in more of the candidate."""
+        self._sum += sum(entry.logprob for entry in event.logprobs or ())
+        self._num_tokens += len(event.token_ids)
+
+    @property
+    def mean(self) -> float:
+        """The mean log-probability of its tokens. A candidate that says nothing comes after all others."""
+        return self._sum / self._num_tokens if self._num_tokens else -math.inf
 
 
 class LogprobsWriter:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import msgspec
 from fastapi import Request
 
-from engine.messages import SamplingParams
+from engine.errors import InvalidRequest
+from engine.messages import Grammar, SamplingParams
 from server.conversations.history import scoped
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
-from server.schemas.generation import GenerationFields
+from server.schemas.generation import GenerationFields, SamplingFields
 from server.services import Services
+from server.templates import END_OF_THOUGHT, Opening, Toolbox, call_grammar
 
 ENTITY_TAG = re.compile(r'"?(\d{1,9})"?')
 
@@ -67,3 +71,31 @@ def check_num_logprobs(name: str, value: int | None, services: Services) -> int 
 def with_choice(sampling: SamplingParams, choice_idx: int) -> SamplingParams:
     """Return the sampling of one of `n` choices: the first as asked, each other with the next seed."""
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice_idx) % 2**64)
+
+
+def answering(sampling: SamplingParams, opening: Opening, toolbox: Toolbox | None = None) -> SamplingParams:
+    """Return the sampling of an answer that begins with `opening`: its grammar is of what a reader will see.
+
+    Calls of tools have a grammar of their own, where they need one; raises `BadRequest` if the request has another.
+    """
+    grammar = sampling.grammar
+    if toolbox is not None and (calls := call_grammar(toolbox)) is not None:
+        if grammar is not None:
+            raise BadRequest("tools: an answer that may be a strict call cannot have another form.", "tools")
+        grammar = Grammar(kind="lark", text=calls)
+    if grammar is None:
+        return sampling
+    after, lead = (END_OF_THOUGHT, r"\s*") if opening.thinking else ("", opening.unshown)
+    return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(grammar, after=after, lead=lead))
+
+
+@contextlib.contextmanager
+def grammar_named(body: SamplingFields) -> Iterator[None]:
+    """Let the engine's complaints about a grammar name the field that brought it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "grammar":
+            raise
+        name = next(iter(body.asked_grammars), "tools")
+        raise BadRequest(f"{name}: {str(error).removeprefix('grammar ')}.", name) from None

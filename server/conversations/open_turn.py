@@ -35,6 +35,7 @@ from engine.messages import (
     StopRules,
 )
 from engine.token_chain import extend_digest
+from server.conversations.counted_tokens import NUM_COUNTED_TOKENS, newest_outputs
 from server.conversations.history import History, history_of, is_marker, path_to, root_of
 from server.conversations.lease_keeper import LeaseKeeper
 from server.conversations.ledger import (
@@ -190,6 +191,7 @@ class OpenTurn:
         stop: StopRules,
         num_prompt_logprobs: int | None = None,
         *,
+        priority: int = 0,
         keep_state: bool = True,
     ) -> AsyncIterator[SequenceEvent]:
         """Consume `prompt_ids` after the base's history and yield what comes of it.
@@ -208,12 +210,20 @@ class OpenTurn:
             source=await self._newest_source(),
             keep_state=keep_state,
             num_prompt_logprobs=num_prompt_logprobs,
+            priority=priority,
+            counted_ids=await self._counted_ids(sampling),
         )
         async with contextlib.aclosing(self._run_or_replay(request)) as events:
             async for event in events:
                 self._keeper.check()
                 self._record(event)
                 yield event
+
+    async def _counted_ids(self, sampling: SamplingParams) -> list[int]:
+        """Return what the conversation generated last, if penalties count it."""
+        if not sampling.has_penalties or self.conversation.version == 0:
+            return []
+        return newest_outputs((await self.history()).path, NUM_COUNTED_TOKENS)
 
     async def consume_instead(self, prompt_ids: list[int], output_ids: list[int]) -> None:
         """Let the turn have said `output_ids` after `prompt_ids`, whatever was generated: only that is remembered.
@@ -226,6 +236,7 @@ class OpenTurn:
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids + output_ids,
             stop=StopRules(max_tokens=0),
+            counted_ids=[],
             keep_state=True,
             num_prompt_logprobs=None,
         )

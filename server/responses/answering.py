@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from server.api.chat import template_of
-from server.api.requests import check_num_logprobs, limited
+from server.api.requests import answering, check_num_logprobs, grammar_named, limited
 from server.conversations.ledger import Item, LedgerError
 from server.conversations.open_turn import Base, OpenTurn, TurnContent
 from server.errors import answer
@@ -85,6 +85,10 @@ class Answering:
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     async def _answer(self, generation: Generation) -> None:
+        with grammar_named(self._body):
+            await self._generate(generation)
+
+    async def _generate(self, generation: Generation) -> None:
         services, body = self._services, self._body
         predecessor = await predecessor_of(body, services.archive, self._tenant)
         if not body.store and predecessor is None and body.conversation is None:
@@ -137,7 +141,8 @@ class Answering:
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
-        return ChoicePlan(0, prompt_ids, self._sampling, stop)
+        sampling = answering(self._sampling, prompt.opening, self._body.toolbox)
+        return ChoicePlan(0, prompt_ids, sampling, stop, priority=self._body.priority)
 
     def _content(self, turn: OpenTurn, plan: ChoicePlan, whole: Delivered, finished: Finished) -> TurnContent:
         """Return what the turn says, its reply in final form included."""

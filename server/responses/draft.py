@@ -24,6 +24,7 @@ from server.schemas.responses import (
     ResponseRequest,
     ResponseUsage,
     StateInfo,
+    TextReply,
 )
 from server.templates import END_OF_THOUGHT, AnswerReader, RenderedPrompt, read_answer
 
@@ -55,6 +56,7 @@ class Draft:
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
             top_logprobs=body.top_logprobs or 0,
+            text=TextReply(format=_text_format(body)),
             parallel_tool_calls=body.parallel_tool_calls,
             tools=[{**tool.model_dump(), "type": "function"} for tool in body.tools],
             tool_choice=_tool_choice(body),
@@ -144,3 +146,7 @@ def _tool_choice(body: ResponseRequest) -> object:
     if body.tool_choice is None:
         return "auto"
     return body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.model_dump()
+
+
+def _text_format(body: ResponseRequest) -> dict[str, object]:
+    return body.text.format.model_dump(by_alias=True, exclude_none=True)

@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from engine.messages import Grammar
 from server.errors import BadRequest
 from server.schemas.generation import MAX_PROMPT_CHARS, GenerationFields
 from server.schemas.replies import ConversationInfo, Usage
 from server.schemas.strict import StrictModel
+from server.schemas.structured import ResponseFormat
 from server.schemas.tools import MAX_TOOLS, FunctionDefinition, FunctionName, check_tools, toolbox_of
 from server.templates import Toolbox
 
@@ -120,7 +122,6 @@ class ChatRequest(GenerationFields):
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -135,6 +136,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
@@ -168,6 +170,12 @@ class ChatRequest(GenerationFields):
                 field = f"messages[{index}].{problem[0]}"
                 raise BadRequest(f"{field}: {problem[1]}.", field)
         return self
+
+    @property
+    def asked_grammars(self) -> dict[str, Grammar]:
+        """The grammars of the answer, by the fields that ask for them; there may be one."""
+        grammar = None if self.response_format is None else self.response_format.grammar
+        return ({} if grammar is None else {"response_format": grammar}) | super().asked_grammars
 
     @property
     def num_logprobs(self) -> int | None:

@@ -7,11 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from engine.messages import Grammar
 from server.errors import BadRequest
 from server.schemas.conversations import Metadata
 from server.schemas.generation import MAX_PROMPT_CHARS, ConversationReference, SamplingFields, as_reference
 from server.schemas.items import InputItems, check_size
 from server.schemas.strict import StrictModel
+from server.schemas.structured import JsonSchema, SchemaName, json_grammar
 from server.schemas.tools import MAX_TOOLS, FunctionDefinition, FunctionName, check_tools, toolbox_of
 from server.templates import Toolbox
 
@@ -47,10 +49,23 @@ class Reasoning(StrictModel):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class TextFormat(StrictModel):
-    """What form the answer has."""
+class TextFormat(JsonSchema):
+    """What form the answer has: chat's `response_format` without its inner object."""
 
-    type: Literal["text"] = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: SchemaName | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _check_format(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None and self.name is not None):
+            message = "there must be a name and a schema with type json_schema, and only then."
+            raise BadRequest(f"text.format: {message}", "text.format")
+        return self
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The grammar that is asked for; None for plain text."""
+        return None if self.type == "text" else json_grammar(self.schema_)
 
 
 class TextConfig(StrictModel):
@@ -122,6 +137,12 @@ class ResponseRequest(SamplingFields):
         if unknown:
             raise BadRequest("include: there is no such addition.", "include")
         return self
+
+    @property
+    def asked_grammars(self) -> dict[str, Grammar]:
+        """The grammars of the answer, by the fields that ask for them; there may be one."""
+        grammar = self.text.format.grammar
+        return ({} if grammar is None else {"text.format": grammar}) | super().asked_grammars
 
     @property
     def _called_name(self) -> str | None:

@@ -77,7 +77,7 @@ def test_a_fork_goes_on_like_its_origin(server: ServerProcess) -> None:
     for version in range(4):
         fork = post(server, f"{origin}/fork", version=version)
         assert fork["version"] == version
-        rest = LINES[version:] + ["Onwards."]
+        rest = [*LINES[version:], "Onwards."]
         fresh = new_id()
         for line in LINES[:version]:
             say(server, fresh, line)
