@@ -24,7 +24,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(family.router)
     app.add_exception_handler(HTTPException, _answer_router)
     app.add_middleware(SizeLimits, max_body_bytes=services.settings.max_body_bytes)  # the last added is the outermost
-    app.add_middleware(Authentication, api_key=services.settings.api_key)
+    app.add_middleware(Authentication, tenants=services.tenants)
     app.add_middleware(RequestScope, metrics=services.metrics.http, drain=services.drain)
     return app
 

@@ -23,6 +23,7 @@ from server.pulse import Pulse
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
+from server.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         metrics.engine.report(step)
 
     async with AsyncExitStack() as stack:
+        tenants = Tenants.of(settings)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         template = choose_template(settings.template, settings.model_path)
         ledger = _ledger(settings)
@@ -70,6 +72,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
         yield Services(
             settings=settings,
+            tenants=tenants,
             engine=engine,
             turns=turns,
             tokenizer=tokenizer,

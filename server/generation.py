@@ -27,6 +27,7 @@ from engine.tokenizer import Detokenizer
 from server.conversations.turns import OpenTurn, SequenceEvent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
+from server.rate_limits import Budget
 from server.services import Services
 
 
@@ -87,13 +88,17 @@ class Generation:
     Iterate to read their events; `aclose` when done, or the work goes on for nobody.
     """
 
-    def __init__(self, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> None:
+    def __init__(self, drain: Drain, budget: Budget, work: Callable[[Generation], Awaitable[None]]) -> None:
+        """Begin the work, at the cost of `budget`; raises `RateLimitExceeded`."""
+        budget.begin()
         self._drain = drain
+        self._budget = budget
         self._events: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()  # bounded by max_output_tokens
         self._interruption: Exception | None = None
         self._is_committing = False
         self._first: ChoiceEvent | None = None
         self._task = asyncio.create_task(self._run(work))
+        self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
         self._drain.add(self)
 
     async def _run(self, work: Callable[[Generation], Awaitable[None]]) -> None:
@@ -110,7 +115,11 @@ class Generation:
     # -- for the work -------------------------------------------------------------------------------------------------
 
     def emit(self, event: ChoiceEvent) -> None:
-        """Tell the reader."""
+        """Tell the reader, and count what it cost."""
+        if isinstance(event, Prompted):
+            self._budget.spend_tokens(len(event.prompt_ids))
+        elif isinstance(event, Delivered):
+            self._budget.spend_tokens(len(event.token_ids))
         self._events.put_nowait(event)
 
     def begin_commit(self) -> None:

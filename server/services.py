@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.pulse import Pulse
 from server.settings import Settings
 from server.templates import Piece, Template
+from server.tenants import Tenants
 
 # Encoding takes about 100 ns a character; longer texts leave the event loop.
 MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
@@ -42,6 +43,7 @@ class Services:
     """The pieces of one running server."""
 
     settings: Settings
+    tenants: Tenants
     engine: AsyncEngine
     turns: Turns
     tokenizer: Tokenizer

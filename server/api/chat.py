@@ -48,6 +48,7 @@ from server.schemas.chat import (
 from server.services import Services, ServicesOf
 from server.streaming import respond
 from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.tenants import budget_of
 
 router = APIRouter()
 
@@ -75,7 +76,7 @@ async def create_chat_completion(
             writer.expect(prompt)
             await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
 
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 

@@ -34,6 +34,7 @@ from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from server.services import Services, ServicesOf
 from server.streaming import respond
+from server.tenants import budget_of
 
 router = APIRouter()
 
@@ -60,7 +61,7 @@ async def create_completion(
             await generate_turn(services, generation, turn, plans[0])
 
     writer = CompletionWriter(services, body)
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 

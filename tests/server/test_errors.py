@@ -48,7 +48,7 @@ def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
         (ledger.ConversationNotFound(SECRET), 404, "conversation_not_found"),
         (ledger.ConversationExpired(SECRET), 410, "conversation_expired"),
         (ledger.ConversationExists(SECRET), 409, "conversation_exists"),
-        (ledger.ConversationBusy(SECRET, 2.5), 409, "conversation_busy"),
+        (ledger.ConversationBusy(SECRET, 2.5), 409, "conversation_locked"),
         (ledger.LeaseLost(SECRET), 409, "ownership_lost"),
         (turns.ModelMismatch(SECRET), 409, "model_mismatch"),
         (ledger.VersionConflict(SECRET, 3, 5), 412, "version_mismatch"),

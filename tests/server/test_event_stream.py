@@ -16,6 +16,7 @@ from server.drain import Drain
 from server.errors import ServerDraining
 from server.generation import ChoiceEvent, Generation, Started
 from server.metrics import Metrics
+from server.rate_limits import Budget, Limits
 from server.streaming import EventStream
 
 
@@ -82,7 +83,7 @@ async def two_events(generation: Generation) -> None:
 async def test_a_whole_stream_ends_with_done() -> None:
     """Parts, closing chunks, `[DONE]`: one body message each."""
     client = Client()
-    await client.read(EventStream(Generation(Drain(), two_events), Writer(), Metrics().http))
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), two_events), Writer(), Metrics().http))
     assert client.bodies == [
         b'data: {"index":0}\n\n',
         b'data: {"index":1}\n\n',
@@ -100,7 +101,7 @@ async def test_a_stream_that_fails_ends_with_an_error(error: Exception, code: st
         raise error
 
     client, metrics = Client(), Metrics()
-    await client.read(EventStream(Generation(Drain(), fail), Writer(), metrics.http))
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), fail), Writer(), metrics.http))
     assert client.bodies[0] == b'data: {"index":0}\n\n'
     told = msgspec.json.decode(client.bodies[1].removeprefix(b"data: "))
     assert told["error"]["code"] == code
@@ -117,7 +118,9 @@ async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.Event().wait()
 
     client = Client()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), wait), Writer(), Metrics().http)))
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), wait), Writer(), Metrics().http))
+    )
     await client.has_heard.wait()
     assert client.bodies[0] == b": keep-alive\n\n"
     client.leaves.set()
@@ -137,7 +140,9 @@ async def test_a_client_that_leaves_takes_the_work_with_it() -> None:
             ended.set()
 
     client, metrics = Client(), Metrics()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), endless), Writer(), metrics.http)))
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), endless), Writer(), metrics.http))
+    )
     await client.has_heard.wait()
     assert metrics.registry.get_sample_value("rwkv_sse_streams") == 1
     client.leaves.set()
@@ -155,6 +160,6 @@ async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.Monkey
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    stream = EventStream(Generation(Drain(), two_events), Writer(), Metrics().http)
+    stream = EventStream(Generation(Drain(), Budget(Limits()), two_events), Writer(), Metrics().http)
     with pytest.raises(SendTimeoutError):
         await stream({"type": "http", "method": "POST"}, Client().receive, never)
