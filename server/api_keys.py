@@ -22,6 +22,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PositiveInt,
     SecretStr,
     StringConstraints,
@@ -86,7 +87,8 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_secrets(value: Any) -> Any:
-    return [SecretStr(key) if isinstance(key, str) and key.strip() else key for key in _as_list(value)]
+    keys = _as_list(value)
+    return [SecretStr(key) if isinstance(key, str) else key for key in keys] if isinstance(keys, list) else keys
 
 
 class _Entry(BaseModel):
@@ -97,7 +99,7 @@ class _Entry(BaseModel):
     sha256: Annotated[
         list[Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")]], BeforeValidator(_as_list)
     ] = []
-    key: Annotated[list[SecretStr], BeforeValidator(_as_secrets)] = []
+    key: Annotated[list[Annotated[SecretStr, Field(min_length=1)]], BeforeValidator(_as_secrets)] = []
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
     max_running: PositiveInt | None = None

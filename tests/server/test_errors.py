@@ -55,6 +55,7 @@ def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
         (errors.HeadTooLarge(), 431, "head_too_large"),
         (errors.BodyTooLarge(), 413, "body_too_large"),
         (errors.BodyTooSlow(), 408, "body_timeout"),
+        (errors.RateLimitExceeded("requests per minute", 2.5), 429, "rate_limit_exceeded"),
         (turns.LogCorrupt(SECRET), 500, "state_corrupt"),
         (engine.NumericalError(SECRET), 500, "numerical_error"),
         (engine.EngineError(SECRET), 500, "engine_error"),
@@ -77,14 +78,37 @@ def test_errors_are_answered(error: Exception, status: int, code: str) -> None:
     assert list(body) == ["error"]
     assert sorted(body["error"]) == ["code", "message", "param", "type"]
     assert SECRET not in str(body)
-    if status == 503:
+    if status in (429, 503):
         assert int(told.headers["retry-after"]) > 0
+        assert int(told.headers["retry-after-ms"]) > 0
+    # OpenAI's clients would try these again by themselves: they are told whether it can help.
+    if status in (408, 409, 429) or status >= 500:
+        assert told.headers["x-should-retry"] == ("true" if "retry-after" in told.headers else "false")
+    else:
+        assert "x-should-retry" not in told.headers
 
 
 def test_a_busy_conversation_says_for_how_long() -> None:
-    """Retry-After is a whole number of seconds, rounded up."""
+    """Retry-After is a whole number of seconds, rounded up; clients that can read milliseconds get those."""
     assert errors.answer(ledger.ConversationBusy("c", 2.5)).headers["retry-after"] == "3"
+    assert errors.answer(ledger.ConversationBusy("c", 2.5)).headers["retry-after-ms"] == "2500"
     assert errors.answer(ledger.ConversationBusy("c", 0.0)).headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ledger.ConversationExists(SECRET),
+        turns.ModelMismatch(SECRET),
+        turns.LogCorrupt(SECRET),
+        engine.NumericalError(SECRET),
+        ValueError(SECRET),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_client_is_told_not_to_retry_in_vain(error: Exception) -> None:
+    """The same request would meet the same answer."""
+    assert errors.answer(error).headers["x-should-retry"] == "false"
 
 
 def test_a_version_conflict_tells_the_version() -> None:
