@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
 from engine.messages import TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     check_model,
@@ -36,12 +37,20 @@ from server.services import Services, ServicesOf
 from server.streaming import respond
 from server.tenants import budget_of
 
-router = APIRouter()
+router = Router()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.operation(
+    "POST",
+    "/v1/completions",
+    body=CompletionRequest,
+    reply=Completion,
+    chunk=Completion,
+    errors=TURN_ERRORS,
+    parameters=[IF_MATCH],
+)
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
 ) -> Response:

@@ -6,8 +6,9 @@ import re
 import uuid
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import Depends, Path, Response
 
+from server.api.operations import Router
 from server.conversations.ledger import ConversationNotFound
 from server.parsing import json_body
 from server.schemas.conversations import ConversationDeleted, ConversationReply, ConversationRequest
@@ -15,12 +16,15 @@ from server.schemas.generation import CONVERSATION_ID
 from server.services import ServicesOf
 from server.streaming import json_response
 
-router = APIRouter()
+router = Router()
 
 _IS_ID = re.compile(CONVERSATION_ID)
 
 
-def _existing(conversation_id: str) -> str:
+InPath = Annotated[str, Path(json_schema_extra={"pattern": f"^{CONVERSATION_ID}$"})]
+
+
+def _existing(conversation_id: InPath) -> str:
     """Return the id in a request's path; what no conversation can be called does not exist."""
     if _IS_ID.fullmatch(conversation_id) is None:
         raise ConversationNotFound(conversation_id)
@@ -30,7 +34,17 @@ def _existing(conversation_id: str) -> str:
 Id = Annotated[str, Depends(_existing)]
 
 
-@router.post("/v1/conversations")
+LINK = {"conversation_id": "$response.body#/id"}
+
+
+@router.operation(
+    "POST",
+    "/v1/conversations",
+    body=ConversationRequest,
+    reply=ConversationReply,
+    errors=[409],
+    links={"retrieve_conversation": LINK, "delete_conversation": LINK},
+)
 async def create_conversation(
     body: Annotated[ConversationRequest, Depends(json_body(ConversationRequest))], services: ServicesOf
 ) -> Response:
@@ -40,7 +54,7 @@ async def create_conversation(
     return json_response(ConversationReply.of(head))
 
 
-@router.get("/v1/conversations/{conversation_id}")
+@router.operation("GET", "/v1/conversations/{conversation_id}", reply=ConversationReply, errors=[404, 410])
 async def retrieve_conversation(conversation_id: Id, services: ServicesOf) -> Response:
     """Describe a conversation."""
     head = await services.turns.get(conversation_id)
@@ -49,7 +63,13 @@ async def retrieve_conversation(conversation_id: Id, services: ServicesOf) -> Re
     return reply
 
 
-@router.delete("/v1/conversations/{conversation_id}")
+@router.operation(
+    "DELETE",
+    "/v1/conversations/{conversation_id}",
+    reply=ConversationDeleted,
+    errors=[404, 410],
+    links={"retrieve_conversation": LINK},
+)
 async def delete_conversation(conversation_id: Id, services: ServicesOf) -> Response:
     """Delete a conversation, its turns and its states; a turn in progress will not be applied."""
     await services.turns.delete(conversation_id)

@@ -34,7 +34,7 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     directory = tmp_path_factory.mktemp("guarded")
     key = directory / "key"
     key.write_text(KEY + "\n")
-    with ServerProcess(tiny_model, directory / "data", *OPTIONS, "--api-key-file", str(key)) as process:
+    with ServerProcess(tiny_model, directory / "data", *OPTIONS, "--api-key-file", str(key), "--no-openapi") as process:
         yield process
 
 
@@ -93,6 +93,12 @@ def test_the_key_opens_everything(guarded: ServerProcess) -> None:
     assert [model.id for model in client.models.list()] == ["test"]
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+def test_a_server_may_keep_its_description_to_itself(guarded: ServerProcess) -> None:
+    """Switched off, there is nothing at the document's address."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{guarded.url}/openapi.json", headers=headers, timeout=30).status_code == 404
 
 
 def test_two_keys_in_one_request_are_refused(guarded: ServerProcess) -> None:

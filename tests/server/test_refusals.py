@@ -30,6 +30,7 @@ IMPOSSIBLE_EVERYWHERE: list[tuple[str, Any, str]] = [
     ("presence_penalty", 2.5, ""),
     ("frequency_penalty", -2.5, ""),
     ("repetition_penalty", 0, ""),
+    ("repetition_penalty", 1e-266, ""),  # makes scores infinite
     ("penalty_decay", 0, ""),
     ("penalty_decay", 1.5, ""),
     ("seed", 2**64, ""),
