@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import get_type_hints
 
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
 
 from server.errors import ANSWERS
 from server.schemas.chat import ChatRequest
@@ -31,6 +35,33 @@ def test_every_field_is_documented(schema: type[GenerationFields]) -> None:
         "prompt",
         "messages",
     }
+
+
+def openai_fields(params: ModuleType) -> set[str]:
+    """Return every field that OpenAI's client can send."""
+    forms = (params.CompletionCreateParamsNonStreaming, params.CompletionCreateParamsStreaming)
+    return {name for form in forms for name in get_type_hints(form)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "params", "column"),
+    [(ChatRequest, chat_params, 1), (CompletionRequest, completion_params, 2)],
+    ids=["chat", "completions"],
+)
+def test_every_field_of_openais_is_told_apart(schema: type[GenerationFields], params: ModuleType, column: int) -> None:
+    """The table says of each field that the newest client can send what becomes of it, and says what is so."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in API.splitlines() if line.startswith("| `")
+    ]
+    told = {row[0].strip("`"): row[column] for row in rows if len(row) == 4 and row[column]}
+    assert openai_fields(params) | set(schema.without_effect) | set(schema.neutral_values) == told.keys()
+    for name, becomes in told.items():
+        done = {
+            "supported": set(schema.model_fields),
+            "no effect": set(schema.without_effect),
+            "refused": set(schema.neutral_values),
+        }
+        assert name in done[becomes], f"{name} is not {becomes}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
