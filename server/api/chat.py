@@ -61,7 +61,7 @@ router = Router()
     reply=ChatCompletion,
     chunk=ChatChunk,
     errors=TURN_ERRORS,
-    parameters=[IF_MATCH],
+    headers=[IF_MATCH],
 )
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf

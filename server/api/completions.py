@@ -49,7 +49,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
     reply=Completion,
     chunk=Completion,
     errors=TURN_ERRORS,
-    parameters=[IF_MATCH],
+    headers=[IF_MATCH],
 )
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf

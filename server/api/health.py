@@ -14,7 +14,7 @@ from server.version import server_version
 router = Router()
 
 
-@router.operation("GET", "/health", reply=HealthReply, errors=[503])
+@router.operation("GET", "/health", reply=HealthReply, other_replies={503: HealthReply})
 async def health(services: ServicesOf) -> Response:
     """Say whether requests sent now will be worked on: the engine makes progress and nobody is shutting down."""
     status = _status(services)
@@ -29,7 +29,7 @@ def _status(services: Services) -> str:
     return "stalled" if services.pulse.is_stalled else "ok"
 
 
-@router.operation("GET", "/metrics", text="text/plain")
+@router.operation("GET", "/metrics", media_type="text/plain")
 async def metrics(services: ServicesOf) -> Response:
     """Return every metric in Prometheus' text format."""
     return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)

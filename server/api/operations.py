@@ -6,7 +6,8 @@ instead, by the very types that `json_body` validates and `json_response` encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -69,48 +70,38 @@ class Router(APIRouter):
         body: type[BaseModel] | None = None,
         reply: type[msgspec.Struct] | None = None,
         chunk: type[msgspec.Struct] | None = None,
-        text: str | None = None,
-        errors: Iterable[int] = (),
-        parameters: Iterable[Schema] = (),
-        links: Mapping[str, Schema] | None = None,
+        media_type: str | None = None,
+        errors: Sequence[int] = (),
+        other_replies: Mapping[int, type[msgspec.Struct]] = MappingProxyType({}),
+        headers: Sequence[Schema] = (),
+        links: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> Callable[[Endpoint], Endpoint]:
-        """Return the decorator that serves `method` and `path`.
+        """Return the decorator that serves `method` and `path`; the function's name is the operation's id.
 
-        `body` is what the request must be. The reply is a `reply`, or a stream of `chunk`s, or has the media type
-        `text`. `errors` are the statuses it may have besides those any request may meet. `links` say which operations
-        go on from the reply, by their parameters. The function's name is the operation's id.
+        `body` is what the request must be. The reply is a `reply`, or a stream of `chunk`s, or a text of `media_type`.
+        `errors` are the statuses it may have besides those any request may meet, `other_replies` what it says with
+        others. `headers` are those of requests that it heeds. `links` say which operations go on from its reply, and
+        where in it their parameters are.
         """
-        self.bodies |= {body} if body is not None else set()
-        self.replies |= {struct for struct in (reply, chunk) if struct is not None}
-        content: Schema = {}
-        if reply is not None:
-            content[JSON] = {"schema": _reference(reply)}
-        if chunk is not None:
-            content[EVENTS] = {
-                "schema": {
-                    "type": "string",
-                    "description": "Events, each with one of these as its data, and `[DONE]`; or an error as the last.",
-                    "contentMediaType": EVENTS,
-                    "contentSchema": _reference(chunk),
-                }
-            }
-        if text is not None:
-            content[text] = {"schema": {"type": "string"}}
-        success: Schema = {"description": "Success.", "headers": HEADER_REFERENCES, "content": content}
+        self.bodies |= set() if body is None else {body}
+        self.replies |= {struct for struct in (reply, chunk, *other_replies.values()) if struct is not None}
+        content = _reply_content(reply, chunk, media_type)
+        success = _response("Success.", content)
         if links:
-            success["links"] = {
-                name: {"operationId": name, "parameters": parameters} for name, parameters in links.items()
-            }
-        statuses = (*COMMON_ERRORS, *(BODY_ERRORS if body is not None else ()), *errors)
-        extra: Schema = {"parameters": list(parameters)} if parameters else {}
+            success["links"] = {name: {"operationId": name, "parameters": dict(where)} for name, where in links.items()}
+        is_open = path in OPEN_PATHS
+        statuses = () if is_open else (*COMMON_ERRORS, *(() if body is None else BODY_ERRORS), *errors)
+        responses: dict[int | str, Schema] = {
+            200: success,
+            **{status: _response(_codes(status), _json(ErrorBody)) for status in sorted(statuses)},
+            **{status: _response("Otherwise.", _json(other)) for status, other in other_replies.items()},
+            "default": _response("Any other error.", _json(ErrorBody)),
+        }
+        extra: Schema = {"security": []} if is_open else {}
+        if headers:
+            extra["parameters"] = list(headers)
         if body is not None:
-            extra["requestBody"] = {"required": True, "content": {JSON: {"schema": _reference(body)}}}
-        if path in OPEN_PATHS:
-            extra["security"] = []
-        responses: dict[int | str, Schema] = {200: success}
-        if path not in OPEN_PATHS:
-            responses |= {status: _error(_codes(status)) for status in sorted(statuses)}
-        responses["default"] = _error("Any other error.")
+            extra["requestBody"] = {"required": True, "content": _json(body)}
         return self.api_route(path, methods=[method], response_class=Response, responses=responses, openapi_extra=extra)
 
 
@@ -140,16 +131,45 @@ def _reference(body: type) -> Schema:
     return {"$ref": REFERENCE.format(name=body.__name__)}
 
 
+def _json(body: type) -> Schema:
+    return {JSON: {"schema": _reference(body)}}
+
+
+def _reply_content(
+    reply: type[msgspec.Struct] | None, chunk: type[msgspec.Struct] | None, media_type: str | None
+) -> Schema:
+    content = {} if reply is None else _json(reply)
+    if chunk is not None:
+        content[EVENTS] = {"schema": _event(chunk)}
+    if media_type is not None:
+        content[media_type] = {"schema": {"type": "string"}}
+    return content
+
+
+def _event(chunk: type[msgspec.Struct]) -> Schema:
+    """Return the schema of each event of a stream: OpenAPI 3.1 has no words for the whole of it."""
+    told = {"anyOf": [_reference(chunk), _reference(ErrorBody)]}
+    return {
+        "type": "object",
+        "description": "An event: a chunk, at the end `[DONE]`; or an error as the last.",
+        "properties": {
+            "data": {
+                "anyOf": [
+                    {"type": "string", "const": "[DONE]"},
+                    {"type": "string", "contentMediaType": JSON, "contentSchema": told},
+                ]
+            }
+        },
+        "required": ["data"],
+    }
+
+
+def _response(description: str, content: Schema) -> Schema:
+    return {"description": description, "headers": HEADER_REFERENCES, "content": content}
+
+
 def _codes(status: int) -> str:
     return ", ".join(sorted({rule.code for rule in ANSWERS.values() if rule.status == status}))
-
-
-def _error(description: str) -> Schema:
-    return {
-        "description": description,
-        "headers": HEADER_REFERENCES,
-        "content": {JSON: {"schema": _reference(ErrorBody)}},
-    }
 
 
 def _body_schemas(bodies: Iterable[type[BaseModel]]) -> dict[str, Schema]:

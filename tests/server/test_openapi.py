@@ -122,6 +122,21 @@ def test_what_it_forbids_breaks_nothing_either(schema: schemathesis.schemas.Base
     check()
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})],
+)
+@pytest.mark.parametrize("options", [{"return_token_ids": True}, {"stream_options": {"include_usage": True}}], ids=str)
+def test_every_event_is_as_described(
+    schema: schemathesis.schemas.BaseSchema, path: str, prompt: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Each chunk of a stream has the form of a chunk; the last event is `[DONE]`."""
+    case = schema[path]["POST"].Case(body={**prompt, **options, "stream": True}, media_type="application/json")
+    response = case.call_and_validate(checks=CHECKS)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
 def test_conversations_that_are_made_can_be_looked_at_and_deleted(schema: schemathesis.schemas.BaseSchema) -> None:
     """Walks along the document's links, in any order."""
 

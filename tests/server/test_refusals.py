@@ -276,7 +276,7 @@ def test_another_model_is_not_found(http: httpx.Client) -> None:
         ("GET", "/v2", 404),
         ("GET", "/docs", 404),
         ("GET", "/health/", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/openapi.yaml", 404),
         ("PUT", "/health", 405),
         ("GET", "/v1/completions", 405),
     ],
