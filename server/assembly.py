@@ -18,7 +18,10 @@ from server.conversations.open_ledger import open_ledger
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
 from server.metrics import HttpMetrics, Metrics
+from server.presence import Presence
 from server.pulse import Pulse
+from server.responses.archive import Archive
+from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
@@ -66,6 +69,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
         )
         drain = Drain()
+        presence = Presence(ledger)
         stack.push_async_callback(_settle, turns, drain)
         await _in_background(stack, _sweep(turns))
         await _in_background(stack, _probe_loop(metrics.http))
@@ -80,6 +84,9 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             metrics=metrics,
             model=ServedModel(settings.model_name, int(time.time()), ready),
             drain=drain,
+            presence=presence,
+            archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            runs=Runs(drain, metrics.http),
             pulse=pulse,
         )
 

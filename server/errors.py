@@ -24,7 +24,8 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import ledger, turns
+from server.conversations import edits, ledger, open_turn
+from server.responses import errors as responses
 
 
 class ServerError(Exception):
@@ -191,6 +192,14 @@ ANSWERS: dict[type[Exception], Rule] = {
     engine.InvalidRequest: Rule(400, REQUEST, "invalid_value", refine=_with_engine_field),
     templates.TemplateError: Rule(400, REQUEST, "invalid_value", refine=_with_template_field),
     Unauthorized: Rule(401, AUTH, "invalid_api_key", "Send the server's API key as a bearer token."),
+    responses.ResponseCancelled: Rule(409, CONFLICT, "response_cancelled", "The response was cancelled."),
+    responses.ResponseNotFound: Rule(404, REQUEST, "response_not_found", "There is no such response.", "response_id"),
+    responses.PreviousResponseNotFound: Rule(
+        404, REQUEST, "previous_response_not_found", "There is no such response.", "previous_response_id"
+    ),
+    responses.PreviousResponseUnfinished: Rule(
+        400, REQUEST, "previous_response_unfinished", "That response has no answer to continue.", "previous_response_id"
+    ),
     UnknownModel: Rule(404, REQUEST, "model_not_found", "This server has no such model.", "model"),
     ledger.ConversationNotFound: Rule(
         404, REQUEST, "conversation_not_found", "There is no such conversation.", "conversation"
@@ -227,12 +236,16 @@ ANSWERS: dict[type[Exception], Rule] = {
         "conversation",
         RETRY_SOON_SECONDS,
     ),
-    turns.ModelMismatch: Rule(
+    open_turn.VersionUnknown: Rule(
+        404, REQUEST, "version_not_found", "The conversation has no such version.", "version"
+    ),
+    edits.ItemNotFound: Rule(404, REQUEST, "item_not_found", "The conversation has no such item.", "item_id"),
+    open_turn.ModelMismatch: Rule(
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
     RateLimitExceeded: Rule(429, LIMIT, "rate_limit_exceeded", None, None, RETRY_SOON_SECONDS, refine=_with_wait),
-    turns.LogCorrupt: CORRUPT,
+    open_turn.LogCorrupt: CORRUPT,
     ledger.LedgerCorrupt: CORRUPT,
     engine.NumericalError: Rule(
         500, SERVER, "numerical_error", "The model produced a value that is not a number; nothing was applied."

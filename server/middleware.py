@@ -8,7 +8,6 @@ import time
 import uuid
 from typing import Final
 
-from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,7 +61,7 @@ class RequestScope:
             return
         try:
             await self.app(scope, receive, exchange.send)
-        except (ClientDisconnect, SendTimeoutError):
+        except ClientDisconnect:
             exchange.code = "client_disconnected"
             self._metrics.disconnects.inc()
         except Exception as error:

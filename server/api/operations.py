@@ -78,7 +78,7 @@ class Router(APIRouter):
     ) -> Callable[[Endpoint], Endpoint]:
         """Return the decorator that serves `method` and `path`; the function's name is the operation's id.
 
-        `body` is what the request must be. The reply is a `reply`, or a stream of `chunk`s, or a text of `media_type`.
+        `body` is what the request must be. The reply is a `reply`, a stream of `chunk`s, or something of `media_type`.
         `errors` are the statuses it may have besides those any request may meet, `other_replies` what it says with
         others. `headers` are those of requests that it heeds. `links` say which operations go on from its reply, and
         where in it their parameters are.
@@ -142,7 +142,7 @@ def _reply_content(
     if chunk is not None:
         content[EVENTS] = {"schema": _event(chunk)}
     if media_type is not None:
-        content[media_type] = {"schema": {"type": "string"}}
+        content[media_type] = {"schema": {"type": "object" if media_type == JSON else "string"}}
     return content
 
 

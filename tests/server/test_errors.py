@@ -9,7 +9,8 @@ import pytest
 
 from engine import errors as engine
 from server import errors
-from server.conversations import ledger, turns
+from server.conversations import ledger, open_turn
+from server.responses import errors as response_errors
 from server.templates import TemplateError
 
 SECRET = "pr1vate"
@@ -26,7 +27,7 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 AT_START = {engine.ModelFileError, engine.TokenizerError}
 
 
-TREES = (ledger.LedgerError, turns.TurnError, engine.EngineError, errors.ServerError)
+TREES = (ledger.LedgerError, open_turn.TurnError, response_errors.ResponseError, engine.EngineError, errors.ServerError)
 KINDS: set[type[Exception]] = {kind for tree in TREES for kind in subclasses(tree)} - AT_START
 
 
@@ -50,13 +51,13 @@ def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
         (ledger.ConversationExists(SECRET), 409, "conversation_exists"),
         (ledger.ConversationBusy(SECRET, 2.5), 409, "conversation_locked"),
         (ledger.LeaseLost(SECRET), 409, "ownership_lost"),
-        (turns.ModelMismatch(SECRET), 409, "model_mismatch"),
+        (open_turn.ModelMismatch(SECRET), 409, "model_mismatch"),
         (ledger.VersionConflict(SECRET, 3, 5), 412, "version_mismatch"),
         (errors.HeadTooLarge(), 431, "head_too_large"),
         (errors.BodyTooLarge(), 413, "body_too_large"),
         (errors.BodyTooSlow(), 408, "body_timeout"),
         (errors.RateLimitExceeded("requests per minute", 2.5), 429, "rate_limit_exceeded"),
-        (turns.LogCorrupt(SECRET), 500, "state_corrupt"),
+        (open_turn.LogCorrupt(SECRET), 500, "state_corrupt"),
         (engine.NumericalError(SECRET), 500, "numerical_error"),
         (engine.EngineError(SECRET), 500, "engine_error"),
         (engine.QueueFull(SECRET), 503, "queue_full"),
@@ -99,8 +100,8 @@ def test_a_busy_conversation_says_for_how_long() -> None:
     "error",
     [
         ledger.ConversationExists(SECRET),
-        turns.ModelMismatch(SECRET),
-        turns.LogCorrupt(SECRET),
+        open_turn.ModelMismatch(SECRET),
+        open_turn.LogCorrupt(SECRET),
         engine.NumericalError(SECRET),
         ValueError(SECRET),
     ],

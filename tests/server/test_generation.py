@@ -35,8 +35,8 @@ class Work:
 async def read(generation: Generation, events: list[ChoiceEvent] | None = None) -> list[ChoiceEvent]:
     """Return all events, after adding them to `events`."""
     events = [] if events is None else events
-    async for event in generation:
-        events.append(event)
+    while arrived := await generation.take():
+        events += arrived
     return events
 
 

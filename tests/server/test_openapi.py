@@ -37,8 +37,9 @@ OPERATIONS = sorted(
     if isinstance(route, APIRoute)
     for method in route.methods or ()
 )
+WITH_BODY = [(method, path) for method, path in OPERATIONS if method == "POST" and not path.endswith("/cancel")]
 BOUNDED = settings(
-    max_examples=25,
+    max_examples=8,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
     deadline=None,
@@ -80,13 +81,14 @@ def test_every_route_is_in_it_under_a_name_of_its_own(document: dict[str, Any]) 
     names = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
     assert len(set(names)) == len(names)
     assert {"create_completion", "create_chat_completion", "create_conversation", "retrieve_conversation"} <= {*names}
+    assert not [name for name in document["components"]["schemas"] if "__" in name]  # two of one name
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_every_operation_says_what_it_takes_and_gives(document: dict[str, Any], method: str, path: str) -> None:
     """A body where there is one, a reply, and the form of errors; FastAPI's own form of them appears nowhere."""
     operation = document["paths"][path][method.lower()]
-    assert ("requestBody" in operation) == (method == "POST")
+    assert ("requestBody" in operation) == ((method, path) in WITH_BODY)
     assert operation["responses"]["200"]["content"]
     assert "422" not in operation["responses"]
     assert operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
@@ -109,7 +111,7 @@ def test_what_the_document_allows_breaks_nothing(
     check()
 
 
-@pytest.mark.parametrize(("method", "path"), [operation for operation in OPERATIONS if operation[0] == "POST"])
+@pytest.mark.parametrize(("method", "path"), WITH_BODY)
 def test_what_it_forbids_breaks_nothing_either(schema: schemathesis.schemas.BaseSchema, method: str, path: str) -> None:
     """Requests that the document does not allow."""
     operation = schema[path][method]
@@ -123,25 +125,29 @@ def test_what_it_forbids_breaks_nothing_either(schema: schemathesis.schemas.Base
 
 
 @pytest.mark.parametrize(
-    ("path", "prompt"),
-    [("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})],
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "return_token_ids": True}),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "return_token_ids": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/responses", {"input": "a", "top_logprobs": 2}),
+    ],
 )
-@pytest.mark.parametrize("options", [{"return_token_ids": True}, {"stream_options": {"include_usage": True}}], ids=str)
-def test_every_event_is_as_described(
-    schema: schemathesis.schemas.BaseSchema, path: str, prompt: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """Each chunk of a stream has the form of a chunk; the last event is `[DONE]`."""
-    case = schema[path]["POST"].Case(body={**prompt, **options, "stream": True}, media_type="application/json")
+def test_every_event_is_as_described(schema: schemathesis.schemas.BaseSchema, path: str, body: dict[str, Any]) -> None:
+    """Each event of a stream has the form that the document gives it."""
+    case = schema[path]["POST"].Case(body={**body, "stream": True}, media_type="application/json")
     response = case.call_and_validate(checks=CHECKS)
     assert response.headers["content-type"][0].startswith("text/event-stream")
-    assert response.text.endswith("data: [DONE]\n\n")
+    assert response.text.count("data: ") > 3
 
 
 def test_conversations_that_are_made_can_be_looked_at_and_deleted(schema: schemathesis.schemas.BaseSchema) -> None:
-    """Walks along the document's links, in any order."""
+    """Walks along the document's links, in any order: responses too."""
 
     class Walk(schema.as_state_machine()):  # type: ignore[misc]
         def validate_response(self, response: Any, case: schemathesis.Case, **_: Any) -> None:
             case.validate_response(response, checks=CHECKS)
 
-    Walk.run(settings=settings(BOUNDED, max_examples=10, stateful_step_count=6))
+    Walk.run(settings=settings(BOUNDED, max_examples=6, stateful_step_count=6))
