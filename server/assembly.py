@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import urlsplit
 
 from engine.client import AsyncEngine
@@ -27,6 +26,7 @@ from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
 from server.tenants import Tenants
+from server.version import server_version
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +135,3 @@ async def _probe_loop(metrics: HttpMetrics) -> None:
         before = time.perf_counter()
         await asyncio.sleep(LAG_PROBE_SECONDS)
         metrics.loop_lag_seconds.observe(max(0.0, time.perf_counter() - before - LAG_PROBE_SECONDS))
-
-
-def server_version() -> str:
-    """Return the installed version."""
-    try:
-        return version("sostenuto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unreleased"

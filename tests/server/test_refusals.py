@@ -44,6 +44,7 @@ IMPOSSIBLE_EVERYWHERE: list[tuple[str, Any, str]] = [
     ("presence_penalty", 2.5, ""),
     ("frequency_penalty", -2.5, ""),
     ("repetition_penalty", 0, ""),
+    ("repetition_penalty", 1e-266, ""),  # makes scores infinite
     ("penalty_decay", 0, ""),
     ("penalty_decay", 1.5, ""),
     ("seed", 2**64, ""),
@@ -303,7 +304,7 @@ def test_another_model_is_not_found(http: httpx.Client) -> None:
         ("GET", "/v2", 404),
         ("GET", "/docs", 404),
         ("GET", "/health/", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/openapi.yaml", 404),
         ("PUT", "/health", 405),
         ("GET", "/v1/completions", 405),
     ],
@@ -320,3 +321,13 @@ def test_a_version_is_expected_of_conversations_only(http: httpx.Client) -> None
     assert http.post("/v1/completions", json=COMPLETION, headers={"if-match": "1"}).status_code == 400
     body = {**COMPLETION, "conversation_id": "matched"}
     assert http.post("/v1/completions", json=body, headers={"if-match": "soon"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("query", "param"), [("limit=0", "limit"), ("limit=101", "limit"), ("limit=x", "limit"), ("order=up", "order")]
+)
+def test_what_stands_in_the_address_is_refused_in_the_same_form(http: httpx.Client, query: str, param: str) -> None:
+    """Parameters of a list are refused by name too, whether or not the list is there."""
+    refused = http.get(f"/v1/conversations/nobody/items?{query}")
+    assert refused.status_code == 400
+    assert error_of(refused)["param"] == param
