@@ -99,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Write a state to the store, if it is still hot."""
         index = which % len(self.histories)
         if self.simulation.kept(self.histories[index]) is not None:
-            self.checkpoints[index] = self.simulation.save(self.histories[index])
+            self.checkpoints[index] = self.simulation.save_history(self.histories[index])
 
     @rule()
     def forget_everything(self) -> None:
