@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.messages import (
     FinishReason,
@@ -32,9 +32,10 @@ from server.services import Services
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The choice has a slot."""
+    """The choice has a slot, and its prompt begins after the tokens that a kept state had consumed."""
 
     index: int
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Finished:
     stop_reason: int | bytes | None
     num_output_tokens: int
     receipt: TurnReceipt | None
+    num_kept_tokens: int = 0  # of the prompt, computed here, and a state that has consumed them is kept
 
 
 ChoiceEvent = Started | Prompted | Delivered | Finished
@@ -79,6 +81,8 @@ class ChoicePlan:
     sampling: SamplingParams
     stop: StopRules
     num_prompt_logprobs: int | None = None
+    borders: Sequence[int] = ()  # where others may have been before, or may come: see `GenerationRequest.borders`
+    keep_state: bool = False  # of a choice without conversation: its answer may come back as history
 
 
 class Generation:
@@ -173,18 +177,27 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
         stop=plan.stop,
         source=StateSource(num_tokens=0, chain=root_digest()),
         num_prompt_logprobs=plan.num_prompt_logprobs,
+        borders=_resumable(plan) if services.settings.prefix_states else [],
+        keep_state=plan.keep_state and services.settings.prefix_states,
     )
     last = await _follow(services, generation, plan, services.engine.generate(request))
     generation.emit(last)
 
 
+def _resumable(plan: ChoicePlan) -> list[int]:
+    """Return the plan's borders and the place before the last token, where an equal prompt can be sampled again."""
+    last = len(plan.prompt_ids) - 1
+    return [*(border for border in plan.borders if border < last), *([last] if last else [])]
+
+
 async def generate_turn(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> None:
     """Generate the next turn of a conversation and commit it."""
-    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs)
+    borders = plan.borders if services.settings.prefix_states else ()
+    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs, borders)
     last = await _follow(services, generation, plan, events)
     generation.begin_commit()
     receipt = await turn.commit()
-    generation.emit(Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, receipt))
+    generation.emit(replace(last, receipt=receipt))
 
 
 async def _follow(
@@ -216,7 +229,7 @@ class _Choice:
     def started(self, event: SequenceStarted) -> None:
         """The choice has a slot."""
         self._clock.started(event)
-        self._generation.emit(Started(self._plan.index))
+        self._generation.emit(Started(self._plan.index, event.num_cached_tokens))
 
     def advanced(self, event: SequenceOutput) -> None:
         """Emit what a step brought."""
@@ -249,4 +262,11 @@ class _Choice:
         self._clock.finished(last.finish_reason, last.num_sampled_tokens)
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
-        return Finished(self._plan.index, last.finish_reason, last.stop_reason, self._num_output_tokens, None)
+        return Finished(
+            self._plan.index,
+            last.finish_reason,
+            last.stop_reason,
+            self._num_output_tokens,
+            receipt=None,
+            num_kept_tokens=last.num_kept_tokens,
+        )

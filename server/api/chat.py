@@ -110,12 +110,15 @@ class Planner:
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
         tokenizer = self._services.tokenizer
-        prompt_ids, _ = await self._services.encode_pieces(prompt.pieces)
+        prompt_ids, borders = await self._services.encode_pieces(prompt.pieces)
+        if self._body.is_stateful:  # what a conversation says is its own, but not the system prompt it begins with
+            borders = borders[:1] if prompt.has_preamble else []
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
         return [
-            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop) for index in range(self._body.n)
+            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop, borders=borders, keep_state=True)
+            for index in range(self._body.n)
         ]
 
 

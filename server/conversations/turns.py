@@ -19,7 +19,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -315,21 +315,26 @@ class OpenTurn:
         sampling: SamplingParams,
         stop: StopRules,
         num_prompt_logprobs: int | None = None,
+        borders: Sequence[int] = (),
     ) -> AsyncIterator[SequenceEvent]:
         """Consume `prompt_ids` after the conversation's history and yield what comes of it.
+
+        The `borders` of a first prompt are places where it may begin at a state that others left, and leave one.
 
         The first event is the `SequenceStarted` of the attempt that works: a state that cannot be had is replayed from
         the log. Raises `LeaseLost` as soon as it is known, `LogCorrupt`, and what `AsyncEngine.generate` raises.
         """
         assert self._request is None, "a turn generates once"
+        source = await self._newest_source()
         self._request = request = GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=sampling,
             stop=stop,
-            source=await self._newest_source(),
+            source=source,
             keep_state=True,
             num_prompt_logprobs=num_prompt_logprobs,
+            borders=list(borders) if source.num_tokens == 0 else [],
         )
         async with contextlib.aclosing(self._run_or_replay(request)) as events:
             async for event in events:

@@ -24,6 +24,9 @@ class TemplateError(Exception):
         super().__init__(message)
 
 
+_PREAMBLE_ROLES = frozenset({"system", "developer"})
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a chat."""
@@ -73,12 +76,14 @@ class Template:
 class RenderedPrompt:
     """What the model is to read next, and how to read its answer.
 
-    A piece ends after the opening of every answer and after every answer. Only the last ends a prompt.
+    A piece ends after the opening of every answer and after every answer, and one after the system messages that begin
+    a history: many prompts share these. Only the last piece ends a prompt.
     """
 
     pieces: tuple[Piece, ...]
     stop_strings: tuple[str, ...]
     opening: Opening
+    has_preamble: bool = False  # the first piece is these system messages, and nothing else
 
     @property
     def text(self) -> str:
@@ -102,8 +107,11 @@ def render(
         field = f"messages[{len(parts) - 1}].role"
         raise TemplateError(field, "the last message is an answer already; it can't be continued")
     prompt = _Pieces()
+    preamble_size = _preamble_size(parts, template) if first else 0
     for index, part in enumerate(parts):
         prompt.extend("" if first and index == 0 else template.border)
+        if 0 < index == preamble_size:
+            prompt.cut()
         if isinstance(part, Answer):
             prompt.answer(part)
         elif part.role == "assistant":
@@ -113,7 +121,13 @@ def render(
     if last.role == "user":
         prompt.extend(opening.hint)
     prompt.extend(template.border + opening.text)
-    return RenderedPrompt(prompt.finish(), template.stop_strings, opening)
+    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble=0 < preamble_size < len(parts))
+
+
+def _preamble_size(parts: Sequence[Part], template: Template) -> int:
+    """Return how many system messages begin the history; none if the template has nothing to part them by."""
+    others = (index for index, part in enumerate(parts) if isinstance(part, Answer) or part.role not in _PREAMBLE_ROLES)
+    return next(others, len(parts)) if template.border else 0
 
 
 class _Pieces:
@@ -129,6 +143,10 @@ class _Pieces:
     def answer(self, answer: Answer) -> None:
         self._text += answer.opening
         self._pieces += [self._text, answer.written]
+        self._text = ""
+
+    def cut(self) -> None:
+        self._pieces.append(self._text)
         self._text = ""
 
     def finish(self) -> tuple[Piece, ...]:

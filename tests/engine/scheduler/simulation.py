@@ -174,7 +174,13 @@ class Simulation:
                 self.scheduler.update(output)
         self.deliver()
         self._check_slots()
+        self._check_penalties()
         return plan.num_tokens
+
+    def schedule_only(self) -> None:
+        """Seat who can be seated."""
+        self.scheduler.schedule()
+        self.deliver()
 
     def run(self, answer_fetches: bool = True) -> None:
         """Step until nothing is left to do."""
@@ -206,8 +212,8 @@ class Simulation:
         for chain in list(self.hot_states._entries):
             self.hot_states.forget(chain)
 
-    def answer_fetches(self) -> None:
-        """Let the state store answer, reads and writes."""
+    def answer_fetches(self, *, and_writes: bool = True) -> None:
+        """Let the state store answer."""
         fetches, self.fetches = self.fetches, []
         for refs, future in fetches:
             if future.cancelled():
@@ -219,6 +225,10 @@ class Simulation:
                 future.set_exception(CheckpointMissing(f"no checkpoint {refs[0].checkpoint_id}"))
             else:
                 future.set_result(self.checkpoints[there[0]])
+        if and_writes:
+            self._answer_writes()
+
+    def _answer_writes(self) -> None:
         writes, self.writes = self.writes, []
         for checkpoint_id, state, stored in writes:
             if self.store_fails:
@@ -226,7 +236,7 @@ class Simulation:
                 continue
             self.checkpoints[checkpoint_id] = state
             ref = CheckpointRef(checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain)
-            stored.set_result(CheckpointStored(ref))
+            stored.set_result(CheckpointStored(ref=ref))
 
     def deliver(self) -> None:
         """Hand the events to the clients."""
@@ -282,6 +292,15 @@ class Simulation:
         assert None not in slots
         assert len(set(slots)) == len(slots), "a slot has two owners"
         assert len(slots) == self.scheduler.num_slots_used, "a slot leaked"
+        assert sequences or not self.scheduler.num_waiting or self.scheduler.has_work, "who waits, waits for nobody"
+
+    def _check_penalties(self) -> None:
+        """Check that a request's penalties see its own tokens, those included that it did not have to consume."""
+        for sequence in self.scheduler._seated:
+            if sequence.phase is Phase.RUNNING:
+                assert sequence.slot is not None
+                consumed = self.runner.consumed[sequence.slot]
+                assert consumed[: len(sequence.request.prompt_ids)] == sequence.request.prompt_ids[: len(consumed)]
 
 
 @dataclass(frozen=True)
