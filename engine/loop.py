@@ -2,7 +2,7 @@
 
 Commands come in over a ZeroMQ ROUTER socket, events go out over the same one; several clients may be connected, and
 each hears of its own sequences. Nothing is shared with other threads but the doorbell they ring when a checkpoint was
-read or written.
+read or written, or a grammar compiled.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from engine.messages import (
     decode_command,
     encode,
 )
+from engine.runner.grammars import Grammars
 from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.prefixes import Prefixes
@@ -86,8 +87,16 @@ class EngineLoop:
             self._checkpointer, self._hot_states, runner.spec, f"{ready.device.partition(':')[0]} {ready.dtype}", clock
         )
         self._prefixes = Prefixes(config, runner.spec.num_bytes, self._hot_states, self._prefix_store)
+        self._grammars = Grammars(vocabulary, runner.vocab_size, self._doorbell.ring)
         self._scheduler = Scheduler(
-            config, runner, vocabulary, self._hot_states, self._prefixes, self._checkpointer.fetch, clock
+            config,
+            runner,
+            vocabulary,
+            self._hot_states,
+            self._prefixes,
+            self._checkpointer.fetch,
+            self._grammars.compile,
+            clock,
         )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._clients: set[bytes] = set()
@@ -108,6 +117,7 @@ class EngineLoop:
         finally:
             self._socket.close(linger=0)
             self._checkpointer.close()
+            self._grammars.close()
             self._doorbell.close()
 
     def _ring_when_set(self, stop: threading.Event) -> None:

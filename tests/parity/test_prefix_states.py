@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from engine.config import EngineConfig
 from engine.messages import (
     GenerationRequest,
+    Grammar,
     SamplingParams,
     SequenceFailed,
     SequenceStarted,
@@ -23,6 +25,7 @@ from engine.messages import (
 )
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.model_runner import TorchModelRunner
 from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler
@@ -54,6 +57,11 @@ SAMPLINGS = {
         num_logprobs=131,
     ),
 }
+
+
+def no_grammar(grammar: Grammar) -> Future[GrammarMatcher]:
+    """Compile nothing: no request here has a grammar."""
+    raise AssertionError(grammar)
 
 
 @dataclass
@@ -92,7 +100,7 @@ class Engine:
         self.store = PrefixStore(self.checkpointer, self.hot_states, self.runner.spec, "cpu")
         self.prefixes = Prefixes(config, self.runner.spec.num_bytes, self.hot_states, self.store)
         self.scheduler = Scheduler(
-            config, self.runner, VOCABULARY, self.hot_states, self.prefixes, self.checkpointer.fetch
+            config, self.runner, VOCABULARY, self.hot_states, self.prefixes, self.checkpointer.fetch, no_grammar
         )
 
     def close(self) -> None:

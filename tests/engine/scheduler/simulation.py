@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from engine.messages import (
     CheckpointStored,
     FinishReason,
     GenerationRequest,
+    Grammar,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -20,6 +22,7 @@ from engine.messages import (
     StateSource,
     StopRules,
 )
+from engine.runner.grammars import GrammarMatcher, Grammars
 from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
@@ -59,17 +62,28 @@ def request_of(
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
     borders: Sequence[int] = (),
+    grammar: Grammar | None = None,
+    min_tokens: int = 0,
+    priority: int = 0,
+    counted_ids: Sequence[int] = (),
 ) -> GenerationRequest:
     """Return a request with everything that tests seldom care about filled in."""
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=list(prompt_ids),
-        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs),
-        stop=StopRules(max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), stop_strings=tuple(stop_strings)),
+        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs, grammar=grammar),
+        stop=StopRules(
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(stop_token_ids),
+            stop_strings=tuple(stop_strings),
+            min_tokens=min_tokens,
+        ),
         source=source or source_of(history),
         keep_state=keep_state,
         num_prompt_logprobs=num_prompt_logprobs,
         borders=list(borders),
+        priority=priority,
+        counted_ids=list(counted_ids),
     )
 
 
@@ -141,11 +155,19 @@ class Simulation:
         self.store_fails = False
         self.fetches: list[tuple[Sequence[CheckpointRef], Future[RecurrentState]]] = []
         self.writes: list[tuple[str, RecurrentState, Future[CheckpointStored]]] = []
-        self.time = 100.0  # seconds
-        self.prefix_store = PrefixStore(self, self.hot_states, STUB_SPEC, "stub", lambda: self.time)
+        self.compilations: list[tuple[Grammar, Future[GrammarMatcher]]] = []
+        self.seconds_skipped = 0.0  # by a clock that tests set forward
+        self.prefix_store = PrefixStore(self, self.hot_states, STUB_SPEC, "stub", self.clock)
         self.prefixes = Prefixes(self.config, STUB_SPEC.num_bytes, self.hot_states, self.prefix_store)
         self.scheduler = Scheduler(
-            self.config, self.runner, vocabulary, self.hot_states, self.prefixes, lambda ref: self.fetch_first([ref])
+            self.config,
+            self.runner,
+            vocabulary,
+            self.hot_states,
+            self.prefixes,
+            lambda ref: self.fetch_first([ref]),
+            self._compile,
+            self.clock,
         )
         self.clients: dict[str, Client] = {}
 
@@ -238,6 +260,20 @@ class Simulation:
             ref = CheckpointRef(checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain)
             stored.set_result(CheckpointStored(ref=ref))
 
+    def answer_compilations(self, kind: str | None = None) -> None:
+        """Let the compiler finish: all that is asked for, or only grammars of one kind."""
+        grammars = Grammars(self.vocabulary, len(self.vocabulary.tokens))
+        for grammar, future in [each for each in self.compilations if kind in (None, each[0].kind)]:
+            self.compilations.remove((grammar, future))
+            if future.cancelled():
+                continue
+            compiled = grammars.compile(grammar)
+            if (error := compiled.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(compiled.result())
+        grammars.close()
+
     def deliver(self) -> None:
         """Hand the events to the clients."""
         for owner, event in self.scheduler.take_events():
@@ -276,7 +312,16 @@ class Simulation:
         for checkpoint_id in checkpoint_ids:
             self.checkpoints.pop(checkpoint_id, None)
 
+    def clock(self) -> float:
+        """Return seconds that tests can skip."""
+        return time.monotonic() + self.seconds_skipped
+
     # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+        future: Future[GrammarMatcher] = Future()
+        self.compilations.append((grammar, future))
+        return future
 
     def _check_plan(self, num_tokens: int) -> None:
         assert num_tokens <= self.config.max_num_batched_tokens

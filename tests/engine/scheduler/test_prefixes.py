@@ -438,7 +438,7 @@ def test_a_store_that_does_not_answer_is_a_miss_and_is_left_alone_for_a_while() 
     simulation.run()
     assert counted(simulation, "misses_total") == {"store_unavailable": 2}
     simulation.store_fails = False
-    simulation.time += REST_SECONDS
+    simulation.seconds_skipped += REST_SECONDS
     begin(simulation, "later", [8, *PROMPT], [1 + len(SYSTEM), 1 + END])
     simulation.run()
     assert counted(simulation, "misses_total") == {"store_unavailable": 2, "new": 1}
@@ -455,7 +455,7 @@ def test_a_state_that_could_not_be_written_is_written_another_time() -> None:
     simulation.run()
     assert simulation.prefix_store.num_failed == 1
     simulation.store_fails = False
-    simulation.time += REST_SECONDS
+    simulation.seconds_skipped += REST_SECONDS
     for name in "ab":
         begin(simulation, name, borders=[len(SYSTEM)])
         simulation.run()

@@ -133,7 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def change_store(self, fails: bool, seconds: int) -> None:
         """The store goes away or comes back, and time passes."""
         self.simulation.store_fails = fails
-        self.simulation.time += seconds
+        self.simulation.seconds_skipped += seconds
 
     @rule()
     def forget_everything(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from engine.tokenizer.world import WorldTokenizer
 from server.services import encode_pieces
 from server.templates import BUILTIN, Answer, Message, Opening, Part, Template, render
 
-WORLD, G1, G1H, RAW = (BUILTIN[name] for name in ("world", "g1", "g1h", "raw"))
+WORLD, G1, G1H, RAW, INSTRUCTION = (BUILTIN[name] for name in ("world", "g1", "g1h", "raw", "instruction"))
 BUNDLED = Path(__file__).parents[3] / "models/default/tokenizer.json"
 TOKENIZERS = [ByteTokenizer(), WorldTokenizer(), HuggingFaceTokenizer(BUNDLED, vocab_size=1 << 16)]
 
@@ -95,7 +95,7 @@ QUESTIONS = st.text(st.sampled_from("ab :\n\r好é?"), min_size=1).filter(str.st
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
-@pytest.mark.parametrize("template", [WORLD, G1, G1H, RAW], ids=lambda template: template.name)
+@pytest.mark.parametrize("template", [WORLD, G1, G1H, RAW, INSTRUCTION], ids=lambda template: template.name)
 @given(questions=st.lists(QUESTIONS, min_size=1, max_size=4), answers=st.lists(ANSWERS, min_size=4, max_size=4))
 def test_a_resent_history_has_the_tokens_of_the_conversation(
     tokenizer: Tokenizer, template: Template, questions: list[str], answers: list[str]
@@ -104,9 +104,8 @@ def test_a_resent_history_has_the_tokens_of_the_conversation(
 
     Sent as text, where the answers were given without a thought; as tokens, always.
     """
-    for openings in ({None: Opening(template.past_opening)}, template.openings):
-        spoken = replace(template, openings=openings)
-        opening = spoken.openings[None].text
+    for opening in (template.past_opening, template.opening.text):
+        spoken = msgspec.structs.replace(template, opening=Opening(opening))
         held: list[int] = []
         ends: list[int] = []
         as_text: list[Part] = []
