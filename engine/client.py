@@ -335,6 +335,7 @@ def _merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         finish_reason=second.finish_reason,
         stop_reason=second.stop_reason,
         num_sampled_tokens=second.num_sampled_tokens,
+        num_kept_tokens=second.num_kept_tokens,
     )
 
 

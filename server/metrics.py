@@ -60,6 +60,23 @@ ENGINE_COUNTERS: Final = {
     "rwkv_checkpoints_rejected_total": "Checkpoints found but not what was asked for: never loaded.",
     "rwkv_checkpoints_missing_total": "Checkpoints that were expected and not there.",
     "rwkv_checkpoints_unavailable_total": "Checkpoints that the store did not deliver.",
+    "rwkv_prefix_tokens_reused_total": "Prompt tokens not computed because an equal beginning had left its state.",
+    "rwkv_prefix_states_written_total": "States of prompts' beginnings written to the store.",
+    "rwkv_prefix_states_not_written_total": "States of prompts' beginnings that the store did not take.",
+}
+
+# Likewise, with one label: sent as NAME:VALUE, for these values.
+LABELLED_ENGINE_COUNTERS: Final = {
+    "rwkv_prefix_lookups_total": (
+        "Prompts for which a state of an equal beginning was looked for.",
+        "outcome",
+        ("hit_memory", "hit_store", "miss"),
+    ),
+    "rwkv_prefix_misses_total": (
+        "Of these, those that found none.",
+        "reason",
+        ("evicted", "new", "not_kept", "prompt_logprobs", "store_unavailable", "too_short"),
+    ),
 }
 
 
@@ -216,6 +233,11 @@ class EngineTotals:
         """Yield one family for every declared name, zero until the engine has counted something."""
         for name, description in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(name.removesuffix("_total"), description, value=self.counters.get(name, 0.0))
+        for name, (description, label, values) in LABELLED_ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(name.removesuffix("_total"), description, labels=[label])
+            for value in values:
+                family.add_metric([value], self.counters.get(f"{name}:{value}", 0.0))
+            yield family
 
 
 class TurnMetrics:

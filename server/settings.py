@@ -97,6 +97,11 @@ class Settings(BaseSettings):
     conversation_ttl_seconds: PositiveFloat = Field(30 * DAY_SECONDS, description="unused conversations expire")
     checkpoint_ttl_seconds: PositiveFloat = Field(DAY_SECONDS, description="stored states expire; costs time only")
     hot_state_bytes: int = Field(1 << 30, ge=0, description="host memory for states between turns")
+    prefix_states: bool = Field(True, description="begin prompts at states that equal beginnings left")
+    prefix_min_tokens: PositiveInt = Field(16, description="shortest beginning of a prompt whose state is kept")
+    prefix_store_min_tokens: PositiveInt = Field(
+        256, description="shortest beginning of a prompt whose state is shared through the state store"
+    )
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda value: str(value).lower())
@@ -220,6 +225,8 @@ class Settings(BaseSettings):
             state_url=self.resolved_state_url,
             checkpoint_ttl_seconds=self.checkpoint_ttl_seconds,
             hot_state_bytes=self.hot_state_bytes,
+            prefix_min_tokens=self.prefix_min_tokens,
+            prefix_store_min_tokens=self.prefix_store_min_tokens,
         )
 
     def printable(self) -> dict[str, str | int | float | bool | None]:

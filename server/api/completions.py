@@ -73,7 +73,7 @@ async def create_completion(
     async def generate(generation: Generation) -> None:
         selector = conversation_of(body, tenant_of(request))
         if selector is None:
-            await generate_choices(services, generation, planner.plans(prompts))
+            await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
             base = await turn.base()

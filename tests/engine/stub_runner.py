@@ -79,6 +79,7 @@ class StubRunner:
         self.poisonous = poisonous
         self.explosive = explosive
         self.slots: list[list[int] | None] = [None] * num_slots
+        self.consumed: list[list[int]] = [[] for _ in range(num_slots)]  # by the slot's request: what penalties see
         self.plans: list[StepPlan] = []
         self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
@@ -102,6 +103,7 @@ class StubRunner:
         assert tape is not None, "the slot has no state"
         assert len(chunk.token_ids) > 0
         tape.extend(chunk.token_ids)
+        self.consumed[chunk.slot].extend(chunk.token_ids[chunk.num_replayed :])
         assert chunk.position == len(tape), "position is the number of tokens before the sampled one"
         if self.poisonous in chunk.token_ids:
             self.slots[chunk.slot] = None
@@ -122,12 +124,14 @@ class StubRunner:
     def start(self, slot: int) -> None:
         """Give the slot the empty history."""
         self._check_device()
-        self.slots[slot] = []
+        self.slots[slot], self.consumed[slot] = [], []
 
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """Give the slot the history in `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """Give the slot the history in `state`, which must end with what the request is said to have consumed."""
         self._check_device()
-        self.slots[slot] = tokens_of(state)
+        tape = tokens_of(state)
+        assert tape[len(tape) - len(consumed_ids) :] == list(consumed_ids)
+        self.slots[slot], self.consumed[slot] = tape, list(consumed_ids)
 
     def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Note what penalties count from the beginning."""
