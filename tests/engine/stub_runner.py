@@ -15,7 +15,7 @@ from engine.messages import SamplingParams, TokenLogprobs
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 Model = Callable[[Sequence[int], SamplingParams], int]
 
 STUB_SPEC = StateSpec(
