@@ -125,7 +125,7 @@ IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": 7}], "messages[0].content"),
     ("messages", [{"role": "user", "content": ""}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "x", "mood": "good"}], "messages[0].mood"),
-    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "reasoning_content"),
+    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "messages[0].reasoning_content"),
     ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].tool_call_id"),
     ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     (
