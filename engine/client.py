@@ -34,6 +34,7 @@ from engine.launch import EngineHost, EngineMain, EngineProcess, EngineThread
 from engine.messages import (
     Abort,
     CheckpointFailed,
+    CheckpointRef,
     CheckpointStored,
     Command,
     DeleteCheckpoints,
@@ -150,12 +151,15 @@ class AsyncEngine:
             if is_running and self.is_ready:
                 self._send(Abort(request.request_id))
 
-    async def save_state(self, chain: bytes, num_tokens: int) -> CheckpointStored:
-        """Write a kept state to the state store; raises `CheckpointError` or `EngineDied`."""
+    async def save_state(self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None) -> CheckpointStored:
+        """Write a kept state to the state store, or for want of it a copy of another checkpoint of the same tokens.
+
+        Raises `CheckpointError` or `EngineDied`.
+        """
         stored: asyncio.Future[CheckpointStored] = asyncio.get_running_loop().create_future()
         self._saves[chain].append(stored)
         try:
-            self._send(SaveState(chain, num_tokens))
+            self._send(SaveState(chain, num_tokens, copy_of))
             return await stored
         finally:
             self._forget_save(chain, stored)

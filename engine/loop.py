@@ -2,7 +2,7 @@
 
 Commands come in over a ZeroMQ ROUTER socket, events go out over the same one; several clients may be connected, and
 each hears of its own sequences. Nothing is shared with other threads but the doorbell they ring when a checkpoint was
-read or written.
+read or written, or a grammar compiled.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from engine.messages import (
     decode_command,
     encode,
 )
+from engine.runner.grammars import Grammars
 from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.scheduler import Scheduler, SequenceEvent
@@ -80,7 +81,16 @@ class EngineLoop:
         self._poller.register(self._doorbell.fileno(), zmq.POLLIN)
         self._hot_states = HotStates(config.hot_state_bytes)
         self._checkpointer = Checkpointer(store, runner.spec, config.checkpoint_ttl_seconds, self._doorbell.ring, clock)
-        self._scheduler = Scheduler(config, runner, vocabulary, self._hot_states, self._checkpointer.fetch, clock)
+        self._grammars = Grammars(vocabulary, runner.vocab_size, self._doorbell.ring)
+        self._scheduler = Scheduler(
+            config,
+            runner,
+            vocabulary,
+            self._hot_states,
+            self._checkpointer.fetch,
+            self._grammars.compile,
+            clock,
+        )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._clients: set[bytes] = set()
         self._draining_clients: set[bytes] = set()
@@ -100,6 +110,7 @@ class EngineLoop:
         finally:
             self._socket.close(linger=0)
             self._checkpointer.close()
+            self._grammars.close()
             self._doorbell.close()
 
     def _ring_when_set(self, stop: threading.Event) -> None:

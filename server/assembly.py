@@ -19,10 +19,14 @@ from server.conversations.open_ledger import open_ledger
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
 from server.metrics import HttpMetrics, Metrics
+from server.presence import Presence
 from server.pulse import Pulse
+from server.responses.archive import Archive
+from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
+from server.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         metrics.engine.report(step)
 
     async with AsyncExitStack() as stack:
+        tenants = Tenants.of(settings)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         template = choose_template(settings.template, settings.model_path)
         ledger = _ledger(settings)
@@ -64,12 +69,14 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
         )
         drain = Drain()
+        presence = Presence(ledger)
         stack.push_async_callback(_settle, turns, drain)
         await _in_background(stack, _sweep(turns))
         await _in_background(stack, _probe_loop(metrics.http))
         logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
         yield Services(
             settings=settings,
+            tenants=tenants,
             engine=engine,
             turns=turns,
             tokenizer=tokenizer,
@@ -77,6 +84,9 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             metrics=metrics,
             model=ServedModel(settings.model_name, int(time.time()), ready),
             drain=drain,
+            presence=presence,
+            archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            runs=Runs(drain, metrics.http),
             pulse=pulse,
         )
 

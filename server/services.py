@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -15,9 +15,15 @@ from engine.tokenizer import Tokenizer
 from server.conversations.turns import Turns
 from server.drain import Drain
 from server.metrics import Metrics
+from server.presence import Presence
 from server.pulse import Pulse
 from server.settings import Settings
 from server.templates import Piece, Template
+from server.tenants import Tenants
+
+if TYPE_CHECKING:  # they work with services themselves
+    from server.responses.archive import Archive
+    from server.runs import Runs
 
 # Encoding takes about 100 ns a character; longer texts leave the event loop.
 MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
@@ -42,6 +48,7 @@ class Services:
     """The pieces of one running server."""
 
     settings: Settings
+    tenants: Tenants
     engine: AsyncEngine
     turns: Turns
     tokenizer: Tokenizer
@@ -49,6 +56,9 @@ class Services:
     metrics: Metrics
     model: ServedModel
     drain: Drain
+    presence: Presence
+    archive: Archive
+    runs: Runs
     pulse: Pulse
 
     async def encode(self, text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """Who runs: which sequences have a slot, and which of their tokens the next step consumes.
 
-Knows sequences, slots and states in memory; fetches checkpoints through a function that returns a future. Knows nothing
-of sockets, clients' addresses or stores. Called from the engine's one thread.
+Knows sequences, slots and states in memory; fetches checkpoints and compiles grammars through functions that return
+futures. Knows nothing of sockets, clients' addresses or stores. Called from the engine's one thread.
 
 What is promised, whatever clients do: no slot has two owners; every sequence that was submitted ends exactly once; a
 step never exceeds its token budget; a sequence that generates is in every step; a kept state has consumed exactly the
@@ -30,11 +30,13 @@ from engine.messages import (
     CheckpointRef,
     FinishReason,
     GenerationRequest,
+    Grammar,
     ResumeKind,
     SequenceFailed,
     SequenceOutput,
     SequenceStarted,
 )
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepOutput, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot
@@ -51,6 +53,8 @@ _FAILURES = {
     "engine_error": "rwkv_engine_errors_total",
 }
 
+MAX_COMPILE_SECONDS = 10.0  # for a grammar, with those before it; then its sequence waits no longer
+
 SequenceEvent = SequenceStarted | SequenceOutput | SequenceFailed
 
 
@@ -64,6 +68,7 @@ class Scheduler:
         vocabulary: ByteVocabulary,
         hot_states: HotStates,
         fetch: Callable[[CheckpointRef], Future[RecurrentState]],
+        compile_grammar: Callable[[Grammar], Future[GrammarMatcher]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.max_num_batched_tokens < config.max_num_seqs:
@@ -79,11 +84,13 @@ class Scheduler:
         self._vocabulary = vocabulary
         self._hot_states = hot_states
         self._fetch = fetch
+        self._compile_grammar = compile_grammar
         self._clock = clock
         self._slots = Slots(runner.num_slots - 1)  # the last one is the runner's, for padding
         self._by_key: dict[SequenceKey, Sequence] = {}  # what clients may still hear of
         self._waiting: dict[SequenceKey, Sequence] = {}  # in order of arrival
         self._seated: list[Sequence] = []  # have a slot, in order of admission
+        self._compiling: dict[Sequence, Future[GrammarMatcher]] = {}  # of those who wait
         self._loading: dict[Sequence, Future[RecurrentState]] = {}
         self._rows: list[tuple[Sequence, Chunk]] = []  # of the step in progress
         self._events: list[tuple[bytes, SequenceEvent]] = []
@@ -114,7 +121,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` would plan something now, without waiting for anyone."""
         active = any(sequence.phase is not Phase.LOADING for sequence in self._seated)
-        return active or (bool(self._waiting) and self._num_free_seats > 0)
+        return active or (len(self._waiting) > len(self._compiling) and self._num_free_seats > 0)
 
     @property
     def num_decode_tokens(self) -> int:
@@ -141,6 +148,8 @@ class Scheduler:
             return
         sequence = Sequence(client, request, self._vocabulary, self._clock())
         self._waiting[sequence.key] = self._by_key[sequence.key] = sequence
+        if request.sampling.grammar is not None:
+            self._compiling[sequence] = self._compile_grammar(request.sampling.grammar)
 
     def abort(self, client: bytes, request_id: str) -> None:
         """End a sequence now, if it has not ended yet. It keeps no state."""
@@ -179,6 +188,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Give free slots to those who wait, and plan the next step; the plan is empty if nobody can run."""
+        self._take_matchers()
         self._place_loaded()
         self._admit()
         self._take_snapshots()
@@ -223,6 +233,9 @@ class Scheduler:
         if output.failed is not None:
             self._fail(sequence, "numerical_error", output.failed)
             return
+        if output.grammar_error is not None:
+            self._refuse(sequence, InvalidRequest("grammar", output.grammar_error))
+            return
         self._count_tokens(sequence, chunk)
         event = sequence.advance(chunk, output)
         if event is not None:
@@ -249,15 +262,38 @@ class Scheduler:
     def _num_free_seats(self) -> int:
         return min(self._config.max_num_seqs - len(self._seated), self._slots.num_free)
 
+    def _take_matchers(self) -> None:
+        """Note whose grammar is compiled; refuse those whose grammar cannot be, or takes too long."""
+        overdue_since = self._clock() - MAX_COMPILE_SECONDS
+        for sequence, future in list(self._compiling.items()):
+            if future.done():
+                del self._compiling[sequence]
+                self._take_matcher(sequence, future)
+            elif sequence.arrived_at < overdue_since:
+                complaint = f"grammar was not compiled within {MAX_COMPILE_SECONDS:g} seconds"
+                self._refuse(sequence, InvalidRequest("grammar", complaint))
+
+    def _take_matcher(self, sequence: Sequence, future: Future[GrammarMatcher]) -> None:
+        try:
+            sequence.matcher = future.result()
+        except InvalidRequest as refusal:
+            self._refuse(sequence, refusal)
+        except Exception as error:
+            _log.exception("a grammar could not be compiled")
+            self._fail(sequence, "engine_error", f"the grammar could not be compiled: {error}")
+
     def _admit(self) -> None:
-        """Seat those who wait, in order of arrival, except whose state is still settling: it is hot in a moment."""
+        """Seat those who wait, by priority and then in order of arrival.
+
+        Except whose grammar is not compiled yet, and whose state is still settling: it is hot in a moment.
+        """
         if self._num_free_seats <= 0:
             return
         settling = {sequence.chain for sequence in self._seated if sequence.phase is Phase.SETTLING}
-        for sequence in list(self._waiting.values()):
+        for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.request.priority):
             if self._num_free_seats <= 0:
                 return
-            if sequence.request.source.chain not in settling:
+            if sequence.request.source.chain not in settling and sequence not in self._compiling:
                 del self._waiting[sequence.key]
                 self._seat(sequence)
 
@@ -338,6 +374,8 @@ class Scheduler:
             self._runner.start(sequence.slot)
         else:
             self._runner.load(sequence.slot, origin.state)
+        if sequence.request.counted_ids:
+            self._runner.count(sequence.slot, sequence.request.counted_ids, sequence.request.sampling)
 
     # -- snapshots, and the state after the end -----------------------------------------------------------------------
 
@@ -409,13 +447,21 @@ class Scheduler:
             _log.warning("the state of a finished sequence was lost: %s", message)
         self._release(sequence)
 
+    def _refuse(self, sequence: Sequence, refusal: InvalidRequest) -> None:
+        """Give the sequence up because of what it asks for."""
+        del self._by_key[sequence.key]
+        self._emit(sequence, _refused(sequence.request, refusal))
+        self._release(sequence)
+
     def _release(self, sequence: Sequence) -> None:
         """Take back everything the sequence has."""
         sequence.phase = Phase.FINISHED
         if self._waiting.get(sequence.key) is sequence:
             del self._waiting[sequence.key]
-        if (future := self._loading.pop(sequence, None)) is not None:
-            future.cancel()
+        if (compiling := self._compiling.pop(sequence, None)) is not None:
+            compiling.cancel()
+        if (loading := self._loading.pop(sequence, None)) is not None:
+            loading.cancel()
         self._drop_snapshot(sequence)
         if sequence.slot is not None:
             self._slots.give_back(sequence.slot)

@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 from engine.messages import FinishReason, GenerationRequest, ResumeKind, SequenceOutput, TokenLogprobs
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput
 from engine.scheduler.output_gate import ByteVocabulary, OutputGate, SampledToken, StopMatch
 from engine.state.spec import RecurrentState
@@ -27,7 +28,7 @@ SequenceKey = tuple[bytes, str]  # client, request id
 class Phase(enum.Enum):
     """Where a sequence stands."""
 
-    WAITING = enum.auto()  # for a slot, or for another sequence's state to settle
+    WAITING = enum.auto()  # for its grammar, for a slot, or for another sequence's state to settle
     LOADING = enum.auto()  # has a slot; its state is being fetched
     RUNNING = enum.auto()  # consumes its prompt, or generates
     SETTLING = enum.auto()  # has ended for its client; its state is being brought to the delivered tokens
@@ -63,6 +64,7 @@ class Sequence:
         self.admitted_at = arrived_at
         self.phase = Phase.WAITING
         self.slot: int | None = None
+        self.matcher: GrammarMatcher | None = None  # of its own, once its grammar is compiled
         self.snapshot: Snapshot | None = None
         self.origin = Origin(ResumeKind.NEW)
         self.tape: list[int] = []
@@ -128,6 +130,7 @@ class Sequence:
         end = self.cursor + num_tokens
         samples = self.phase is Phase.RUNNING and end == len(self.tape) and self.request.stop.max_tokens > 0
         targets = self._prompt_targets(end)
+        stop = self.request.stop
         return Chunk(
             slot=self.slot,
             token_ids=self.tape[self.cursor : end],
@@ -136,6 +139,9 @@ class Sequence:
             num_prompt_logprobs=self.request.num_prompt_logprobs if targets else None,
             target_ids=targets,
             num_replayed=max(0, min(end, self._prompt_start) - self.cursor),
+            stop_token_ids=stop.stop_token_ids if samples else (),
+            may_stop=self.num_sampled >= stop.min_tokens,
+            matcher=self.matcher if samples else None,
         )
 
     def advance(self, chunk: Chunk, output: ChunkOutput) -> SequenceOutput | None:
@@ -151,8 +157,11 @@ class Sequence:
             self.chain = extend_digest(self.chain, prompt_ids)
         prompt_logprobs = self._prompt_logprobs(start, chunk, output)
         if chunk.sampling is not None:
-            assert output.token_id is not None
-            return self._take_sample(SampledToken(output.token_id, output.logprobs), prompt_logprobs)
+            if output.token_id is None:
+                assert output.is_complete
+                return self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP)
+            sampled = SampledToken(output.token_id, output.logprobs)
+            return self._take_sample(sampled, prompt_logprobs, output.is_complete)
         if self.num_pending == 0:
             return self._output([], prompt_logprobs, FinishReason.LENGTH)
         return self._output([], prompt_logprobs) if prompt_logprobs else None
@@ -185,16 +194,20 @@ class Sequence:
         return first + [logprobs for target, logprobs in pairs if target is not None]
 
     def _take_sample(
-        self, token: SampledToken, prompt_logprobs: list[TokenLogprobs | None] | None
+        self, token: SampledToken, prompt_logprobs: list[TokenLogprobs | None] | None, is_complete: bool
     ) -> SequenceOutput | None:
+        """Take the next token; `is_complete` says that the grammar allows none after it."""
         self.num_sampled += 1
-        if token.token_id in self.request.stop.stop_token_ids:
+        may_stop = self.num_sampled > self.request.stop.min_tokens
+        if may_stop and token.token_id in self.request.stop.stop_token_ids:
             return self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
         self.tape.append(token.token_id)
-        released, match = self._gate.push(token)
+        released, match = self._gate.push(token) if may_stop else ([token], None)
         if match is not None:
             self._cut_tape(num_kept=self.num_delivered + len(released), match=match)
             return self._output(released + match.remnant, prompt_logprobs, FinishReason.STOP, match.stop_string)
+        if is_complete:
+            return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.STOP)
         if self.num_sampled == self.request.stop.max_tokens:
             return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.LENGTH)
         return self._output(released, prompt_logprobs) if released or prompt_logprobs else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from engine.messages import FinishReason, TokenLogprobs
-from server.conversations.turns import TurnReceipt
+from server.conversations.open_turn import TurnReceipt
+from server.errors import BadRequest
 from server.generation import ChoiceEvent, Finished, Prompted
+from server.schemas.items import ItemList
 from server.schemas.replies import ConversationInfo, Usage
 from server.services import ServedModel
 
@@ -54,6 +56,29 @@ class Meter:
     def conversation(self) -> ConversationInfo | msgspec.UnsetType:
         """Where the turn left its conversation, if it was one and is applied."""
         return msgspec.UNSET if self._receipt is None else ConversationInfo.of(self._receipt)
+
+
+def page_of(items: Sequence[msgspec.Raw], *, after: str | None, limit: int, newest_first: bool) -> ItemList:
+    """Return up to `limit` of `items`, which are in order, behind the one called `after`; raises `BadRequest`."""
+    bodies = [msgspec.json.decode(item, type=_Named) for item in items]
+    ids = [body.id for body in bodies]
+    order = range(len(ids))[::-1] if newest_first else range(len(ids))
+    begin = 0
+    if after is not None:
+        if after not in ids:
+            raise BadRequest("after: there is no such item in the list.", "after")
+        begin = order.index(ids.index(after)) + 1
+    page = order[begin : begin + limit]
+    return ItemList(
+        data=[items[index] for index in page],
+        first_id=ids[page[0]] if page else None,
+        last_id=ids[page[-1]] if page else None,
+        has_more=begin + limit < len(ids),
+    )
+
+
+class _Named(msgspec.Struct):
+    id: str
 
 
 def finish_reason(event: Finished) -> str:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-import orjson
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from engine.messages import Grammar
 from server.errors import BadRequest
 from server.schemas.generation import MAX_PROMPT_CHARS, GenerationFields
 from server.schemas.replies import ConversationInfo, Usage
 from server.schemas.strict import StrictModel
-from server.templates import Tool, Toolbox
+from server.schemas.structured import ResponseFormat
+from server.schemas.tools import MAX_TOOLS, FunctionDefinition, FunctionName, check_tools, toolbox_of
+from server.templates import Toolbox
 
 MAX_MESSAGES = 4096
-MAX_TOOLS = 128
-MAX_DESCRIPTION_CHARS = 4096
-MAX_SCHEMA_CHARS = 65_536
 
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
@@ -98,28 +96,6 @@ class Message(StrictModel):
         return len(self.text) + sum(len(call.function.arguments) for call in self.tool_calls)
 
 
-class FunctionDefinition(StrictModel):
-    """A function that the model may call."""
-
-    name: FunctionName
-    description: Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION_CHARS)] = ""
-    parameters: dict[str, Any] = {}
-    strict: bool = False
-
-    def problem(self) -> str | None:
-        """Return what is wrong with the parameters; None: they may be the schema of an object."""
-        if len(orjson.dumps(self.parameters)) > MAX_SCHEMA_CHARS:
-            return f"at most {MAX_SCHEMA_CHARS} bytes of JSON"
-        properties, required = self.parameters.get("properties", {}), self.parameters.get("required", [])
-        if self.parameters.get("type", "object") != "object" or not isinstance(properties, dict):
-            return "must be the JSON schema of an object"
-        if not all(isinstance(schema, dict) for schema in properties.values()):
-            return "every property must have a JSON schema"
-        if not isinstance(required, list) or not all(name in properties for name in required):
-            return "required must list properties of the schema"
-        return None
-
-
 class FunctionTool(StrictModel):
     """A tool. Functions are the only kind."""
 
@@ -146,7 +122,6 @@ class ChatRequest(GenerationFields):
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -161,6 +136,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
@@ -178,17 +154,8 @@ class ChatRequest(GenerationFields):
 
     @model_validator(mode="after")
     def _check_tools(self) -> ChatRequest:
-        for index, tool in enumerate(self.tools):
-            if (problem := tool.function.problem()) is not None:
-                field = f"tools[{index}].function.parameters"
-                raise BadRequest(f"{field}: {problem}.", field)
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise BadRequest("tools: two functions have the same name.", "tools")
-        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise BadRequest("tool_choice: no function of this name is among the tools.", "tool_choice")
-        if self.tool_choice == "required" and not names:
-            raise BadRequest("tool_choice: there are no tools of which one could be called.", "tool_choice")
+        functions = [tool.function for tool in self.tools]
+        check_tools(functions, self.tool_choice, self._called_name, lambda index: f"tools[{index}].function.parameters")
         return self
 
     @model_validator(mode="after")
@@ -205,6 +172,12 @@ class ChatRequest(GenerationFields):
         return self
 
     @property
+    def asked_grammars(self) -> dict[str, Grammar]:
+        """The grammars of the answer, by the fields that ask for them; there may be one."""
+        grammar = None if self.response_format is None else self.response_format.grammar
+        return ({} if grammar is None else {"response_format": grammar}) | super().asked_grammars
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many of the most likely tokens to report with each token; None: nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -212,14 +185,11 @@ class ChatRequest(GenerationFields):
     @property
     def toolbox(self) -> Toolbox | None:
         """The tools that the model hears of; None: it is not to call any."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        functions = [tool.function for tool in self.tools]
-        return Toolbox(
-            tuple(Tool(each.name, each.description, each.parameters, each.strict) for each in functions),
-            must_call=self.tool_choice not in (None, "auto"),
-            must_call_name=self.tool_choice.function.name if isinstance(self.tool_choice, NamedToolChoice) else None,
-        )
+        return toolbox_of([tool.function for tool in self.tools], self.tool_choice, self._called_name)
+
+    @property
+    def _called_name(self) -> str | None:
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedToolChoice) else None
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

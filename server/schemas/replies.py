@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from server.conversations.turns import TurnReceipt
+from server.conversations.history import name_of
+from server.conversations.open_turn import TurnReceipt
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -43,7 +44,7 @@ class ConversationInfo(msgspec.Struct, frozen=True):
     def of(cls, receipt: TurnReceipt) -> ConversationInfo:
         """Say what the receipt says."""
         return cls(
-            id=receipt.conversation_id,
+            id=name_of(receipt.conversation_id),
             version=receipt.version,
             parent_version=receipt.parent_version,
             resume=receipt.resume.value,

@@ -1,6 +1,6 @@
 """Chat templates as data, how messages are rendered with them, and how the answers are read."""
 
-from server.templates.answer import END_OF_THOUGHT, AnswerReader, AnswerText
+from server.templates.answer import END_OF_THOUGHT, AnswerReader, AnswerText, read_answer
 from server.templates.builtin import BUILTIN
 from server.templates.calls import ToolCall
 from server.templates.choice import choose
@@ -26,6 +26,7 @@ __all__ = [
     "Toolbox",
     "call_grammar",
     "choose",
+    "read_answer",
     "render",
     "tool_schema",
     "tools_text",

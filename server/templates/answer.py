@@ -24,6 +24,18 @@ class AnswerText:
     call_arguments: str = ""  # its JSON, as it comes
 
 
+def read_answer(text: str, opening: Opening, toolbox: Toolbox | None = None) -> AnswerText:
+    """Return the parts of a whole answer."""
+    reader = AnswerReader(opening, toolbox)
+    first, last = reader.push(text), reader.flush()
+    return AnswerText(
+        first.reasoning + last.reasoning,
+        first.content + last.content,
+        last.call_name if first.call_name is None else first.call_name,
+        first.call_arguments + last.call_arguments,
+    )
+
+
 class AnswerReader:
     """Splits the text of one answer while it arrives.
 

@@ -70,18 +70,20 @@ def render(
     reasoning_effort: str | None = None,
     preamble: str = "",
     must_call: bool = False,
+    num_known: int = 0,
 ) -> RenderedPrompt:
     """Return the prompt for an answer to `parts`: messages, and answers exactly as they were written.
 
     `first` says that nothing came before them; otherwise the text begins with the border after the last answer.
     `preamble` is a system text before all of them, in one with a system message that comes first. `must_call` opens the
-    answer as a call of a tool. Raises `TemplateError` for what the template has no form for.
+    answer as a call of a tool. Raises `TemplateError` for what the template has no form for; it names a message by its
+    place after the first `num_known`, which the client has not sent with this request.
     """
     if not parts:
         raise TemplateError("messages", "there is no message to answer")
     last = parts[-1]
     if isinstance(last, Answer) or last.role == "assistant":
-        field = f"messages[{len(parts) - 1}].role"
+        field = f"messages[{len(parts) - 1 - num_known}].role"
         raise TemplateError(field, "the last message is an answer already; it can't be continued")
     opening = _opening(template, reasoning_effort, must_call=must_call)
     parts, offset = _with_preamble(parts, preamble, template)
@@ -91,7 +93,7 @@ def render(
         prompt.extend("" if first and place == 0 else template.border)
         if 0 < place == preamble_size:
             prompt.cut()
-        field = f"messages[{place - offset}]"
+        field = f"messages[{place - offset - num_known}]"
         if isinstance(part, Answer):
             prompt.answer(part)
         elif part.role == "assistant":

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
+from engine.runner.grammars import Allowed, GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
@@ -77,6 +80,7 @@ class StubRunner:
         self.explosive = explosive
         self.slots: list[list[int] | None] = [None] * num_slots
         self.plans: list[StepPlan] = []
+        self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
         self.saves_break = False
 
@@ -108,9 +112,12 @@ class StubRunner:
             prompt_logprobs = [None if i is None else TokenLogprobs(-float(i)) for i in chunk.target_ids]
         if chunk.sampling is None:
             return ChunkOutput(prompt_logprobs=prompt_logprobs)
+        if chunk.matcher is not None and (allowed := chunk.matcher.allowed((), may_stop=True)) is None:
+            return ChunkOutput(prompt_logprobs=prompt_logprobs, is_complete=True)
         token_id = self.model(tape, chunk.sampling)
         logprobs = TokenLogprobs(-float(token_id)) if chunk.sampling.num_logprobs is not None else None
-        return ChunkOutput(token_id, logprobs, prompt_logprobs)
+        output = ChunkOutput(token_id, logprobs, prompt_logprobs)
+        return output if chunk.matcher is None else _followed(output, chunk.matcher, allowed)
 
     def start(self, slot: int) -> None:
         """Give the slot the empty history."""
@@ -121,6 +128,10 @@ class StubRunner:
         """Give the slot the history in `state`."""
         self._check_device()
         self.slots[slot] = tokens_of(state)
+
+    def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Note what penalties count from the beginning."""
+        self.counted[slot] = list(token_ids)
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` the history of `source`."""
@@ -142,3 +153,14 @@ class StubRunner:
     def _check_device(self) -> None:
         if self.broken:
             raise DeviceFault("the device is gone")
+
+
+def _followed(output: ChunkOutput, matcher: GrammarMatcher, allowed: Allowed) -> ChunkOutput:
+    """Return the output with the lowest allowed token if its own is not allowed."""
+    assert output.token_id is not None
+    token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
+    try:
+        matcher.advance(token_id)
+    except InvalidRequest as error:
+        return ChunkOutput(grammar_error=str(error))
+    return replace(output, token_id=token_id, is_complete=matcher.is_complete)

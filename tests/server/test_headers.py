@@ -29,6 +29,8 @@ def test_every_reply_says_who_it_is_and_how_long_it_took(http: httpx.Client, met
     headers = http.request(method, path).headers
     assert headers["x-request-id"]
     assert int(headers["openai-processing-ms"]) >= 0
+    assert headers["openai-version"] == "2020-10-01"
+    assert not any(name.startswith("x-ratelimit") for name in headers)  # none is set
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["cache-control"] == "no-store"
     assert "server" not in headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from engine.messages import (
     CheckpointRef,
     FinishReason,
     GenerationRequest,
+    Grammar,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -19,6 +21,7 @@ from engine.messages import (
     StateSource,
     StopRules,
 )
+from engine.runner.grammars import GrammarMatcher, Grammars
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
 from engine.state.hot_states import HotStates
@@ -55,16 +58,27 @@ def request_of(
     keep_state: bool = True,
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
+    min_tokens: int = 0,
+    priority: int = 0,
+    counted_ids: Sequence[int] = (),
 ) -> GenerationRequest:
     """Return a request with everything that tests seldom care about filled in."""
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=list(prompt_ids),
-        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs),
-        stop=StopRules(max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), stop_strings=tuple(stop_strings)),
+        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs, grammar=grammar),
+        stop=StopRules(
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(stop_token_ids),
+            stop_strings=tuple(stop_strings),
+            min_tokens=min_tokens,
+        ),
         source=source or source_of(history),
         keep_state=keep_state,
         num_prompt_logprobs=num_prompt_logprobs,
+        priority=priority,
+        counted_ids=list(counted_ids),
     )
 
 
@@ -130,7 +144,17 @@ class Simulation:
         self.hot_states = HotStates(hot_state_bytes)
         self.checkpoints: dict[str, RecurrentState] = {}
         self.fetches: list[tuple[CheckpointRef, Future[RecurrentState]]] = []
-        self.scheduler = Scheduler(self.config, self.runner, vocabulary, self.hot_states, self._fetch)
+        self.compilations: list[tuple[Grammar, Future[GrammarMatcher]]] = []
+        self.seconds_skipped = 0.0  # by a clock that tests set forward
+        self.scheduler = Scheduler(
+            self.config,
+            self.runner,
+            vocabulary,
+            self.hot_states,
+            self._fetch,
+            self._compile,
+            clock=lambda: time.monotonic() + self.seconds_skipped,
+        )
         self.clients: dict[str, Client] = {}
 
     def submit(self, request: GenerationRequest, history: Sequence[int] = ()) -> Client:
@@ -202,6 +226,20 @@ class Simulation:
             else:
                 future.set_result(state)
 
+    def answer_compilations(self, kind: str | None = None) -> None:
+        """Let the compiler finish: all that is asked for, or only grammars of one kind."""
+        grammars = Grammars(self.vocabulary, len(self.vocabulary.tokens))
+        for grammar, future in [each for each in self.compilations if kind in (None, each[0].kind)]:
+            self.compilations.remove((grammar, future))
+            if future.cancelled():
+                continue
+            compiled = grammars.compile(grammar)
+            if (error := compiled.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(compiled.result())
+        grammars.close()
+
     def deliver(self) -> None:
         """Hand the events to the clients."""
         for owner, event in self.scheduler.take_events():
@@ -222,6 +260,11 @@ class Simulation:
     def _fetch(self, ref: CheckpointRef) -> Future[RecurrentState]:
         future: Future[RecurrentState] = Future()
         self.fetches.append((ref, future))
+        return future
+
+    def _compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+        future: Future[GrammarMatcher] = Future()
+        self.compilations.append((grammar, future))
         return future
 
     def _check_plan(self, num_tokens: int) -> None:

@@ -388,7 +388,7 @@ def test_a_budget_smaller_than_the_batch_is_refused() -> None:
     """Some sequence would starve."""
     config = EngineConfig(model_path="", max_num_seqs=8, max_num_batched_tokens=7)
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
-        Scheduler(config, StubRunner(), BYTES, HotStates(0), fetch=None)  # type: ignore[arg-type]
+        Scheduler(config, StubRunner(), BYTES, HotStates(0), None, None)  # type: ignore[arg-type]
 
 
 def test_sequences_are_admitted_in_order_of_arrival() -> None:

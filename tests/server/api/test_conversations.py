@@ -92,7 +92,7 @@ def test_of_two_turns_at_once_one_is_told_to_wait(http: httpx.Client) -> None:
         next(lines)
         refused = turn(http, "contested")
         assert refused.status_code == 409
-        assert error_of(refused)["code"] == "conversation_busy"
+        assert error_of(refused)["code"] == "conversation_locked"
         assert int(refused.headers["retry-after"]) >= 1
         assert list(lines)[-2:] == ["data: [DONE]", ""]
     assert http.get("/v1/conversations/contested").json()["version"] == 1
