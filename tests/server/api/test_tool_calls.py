@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from tests.server.replies import error_of
 from tests.server.speaking_server import SpeakingServer
+from tests.server_process import ServerProcess
 
 PARIS = '{"city": "Paris", "days": 2}'
 CALL = '```json\n{"name":"get_weather","arguments":' + PARIS + "}\n```"
@@ -25,7 +27,6 @@ LINES = {
     "User: Function output:\n19 degrees\n\nAssistant:": " It is 19 degrees.",
     "User: Who are you?\n\nAssistant:": " A pedal.",
     "User: Be vague.\n\nAssistant:": ' ```json\n{"name":"get_wether","arguments":{}}\n```',
-    "User: Be wrong.\n\nAssistant: ```json\n": "I would rather not.",
 }
 
 WEATHER: ChatCompletionToolParam = {
@@ -99,12 +100,11 @@ def test_a_call_is_a_call(client: openai.OpenAI, choice: Any) -> None:
     [
         ("Who are you?", "auto", "A pedal."),
         ("Be vague.", "auto", '```json\n{"name":"get_wether","arguments":{}}\n```'),
-        ("Be wrong.", "required", "I would rather not."),
         ("Weather in Paris?", "none", CALL),
     ],
 )
 def test_what_is_no_call_is_said(client: openai.OpenAI, text: str, choice: Any, content: str) -> None:
-    """Plain words, a tool that is not there, a call that was not made, a call nobody asked for: nothing is lost."""
+    """Plain words, a tool that is not there, a call nobody asked for: nothing is lost."""
     reply = ask(client, text, tool_choice=choice)
     assert (calls_of(reply), reply.choices[0].message.content) == ([], content)
     assert reply.choices[0].finish_reason == "stop"
@@ -169,22 +169,50 @@ def test_a_result_is_answered(client: openai.OpenAI) -> None:
 
 
 def test_tools_work_in_a_conversation(client: openai.OpenAI) -> None:
-    """The next turn sends the result alone: the conversation remembers what it answers."""
+    """The next turn sends the tools and the result alone: the conversation remembers what it answers."""
     conversation: dict[str, Any] = {"conversation_id": "tools", "return_token_ids": True}
     message = ask(client, "Weather in Paris?", extra_body=conversation).choices[0].message
     assert message.tool_calls is not None
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "19 degrees"}
-    reply = client.chat.completions.create(
-        model="test",
-        messages=[result],
-        extra_body=conversation,  # type: ignore[list-item]
-    )
+    reply = ask(client, "", messages=[result], extra_body=conversation)
     assert reply.choices[0].message.content == "It is 19 degrees."
     assert reply.model_extra is not None
     assert reply.model_extra["conversation"]["version"] == 2
-    assert bytes(reply.model_extra["prompt_token_ids"]).decode() == (
-        "\n\nUser: Function output:\n19 degrees\n\nAssistant:"
-    )
+    told = bytes(reply.model_extra["prompt_token_ids"]).decode()
+    assert told == "\n\nUser: Function output:\n19 degrees\n\nAssistant:"
+
+
+SEAT = {
+    "type": "object",
+    "properties": {"row": {"enum": ["front", "back"]}, "window": {"type": "boolean"}},
+    "required": ["row", "window"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "seat"}}], ids=["any", "named"]
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_model_that_knows_nothing_calls_correctly_if_it_must(
+    server: ServerProcess, choice: Any, stream: bool
+) -> None:
+    """Random weights, real grammar: the call is one of the tools, its arguments satisfy the schema."""
+    seat = {"type": "function", "function": {"name": "seat", "parameters": SEAT}}
+    leave = {"type": "function", "function": {"name": "leave"}}
+    options: dict[str, Any] = {"messages": [QUESTION], "tools": [seat, leave], "tool_choice": choice, "max_tokens": 400}
+    with server.client(strict=True) as client:
+        for seed in range(4):
+            options["seed"] = seed
+            if stream:
+                with client.chat.completions.stream(model="test", **options) as events:
+                    reply: ChatCompletion = events.get_final_completion()
+            else:
+                reply = client.chat.completions.create(model="test", **options)
+            [(name, arguments)] = calls_of(reply)
+            assert reply.choices[0].finish_reason == "tool_calls"
+            assert name == "seat" if choice != "required" else name in ("seat", "leave")
+            jsonschema.validate(json.loads(arguments), SEAT if name == "seat" else {"maxProperties": 0})
 
 
 CALLED = {
