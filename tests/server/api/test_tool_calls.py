@@ -141,12 +141,11 @@ def test_a_call_streams(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_the_accumulating_stream_works(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_the_accumulating_stream_works(client: openai.OpenAI, choice: Any) -> None:
     """OpenAI's helper, which wants strict tools, parses what it has put together."""
     tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
-    with client.chat.completions.stream(
-        model="test", messages=[QUESTION], tools=[tool], tool_choice="required"
-    ) as stream:
+    with client.chat.completions.stream(model="test", messages=[QUESTION], tools=[tool], tool_choice=choice) as stream:
         message = stream.get_final_completion().choices[0].message
     assert message.tool_calls is not None
     assert message.tool_calls[0].function.parsed_arguments == GetWeather(city="Paris", days=2)
