@@ -18,7 +18,7 @@ from engine.runner.grammars import Allowed, GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 Model = Callable[[Sequence[int], SamplingParams], int]
 
 STUB_SPEC = StateSpec(

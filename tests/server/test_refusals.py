@@ -118,7 +118,7 @@ IMPOSSIBLE_COMPLETIONS: list[tuple[str, Any, str]] = [
     ("tools", [], ""),
 ]
 IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}], ""),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}], "tools[0].type"),
     ("tool_choice", "required", ""),
     ("functions", [{"name": "f"}], ""),
     ("function_call", {"name": "f"}, ""),
@@ -144,9 +144,9 @@ IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": 7}], "messages[0].content"),
     ("messages", [{"role": "user", "content": ""}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "x", "mood": "good"}], "messages[0].mood"),
-    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "reasoning_content"),
-    ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].role"),
-    ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "tool_calls"),
+    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "messages[0].reasoning_content"),
+    ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].tool_call_id"),
+    ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     (
         "messages",
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
