@@ -1,4 +1,4 @@
-"""Penalties are a function of the conversation: interrupted, restarted and restored it is penalised as if it never was."""
+"""Penalties are a function of the conversation: interrupted or restarted, it is penalised as if it never had been."""
 
 from __future__ import annotations
 
