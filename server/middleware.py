@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
@@ -127,8 +128,8 @@ class Exchange:
         method: str = self._scope["method"]
         return method if method in METHODS else "other"
 
-    async def send(self, message: Message) -> None:
-        """Pass `message` on; a head gets what every reply has."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass `message` on; a head gets what every reply has. No coroutine of its own: bodies come by the token."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -136,7 +137,7 @@ class Exchange:
             headers["openai-processing-ms"] = str(round(self.seconds * 1000))
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
-        await self._send(message)
+        return self._send(message)
 
     async def send_answer(self, told: Answer) -> None:
         """Send an error."""
