@@ -151,9 +151,7 @@ class AsyncEngine:
             if is_running and self.is_ready:
                 self._send(Abort(request.request_id))
 
-    async def save_state(
-        self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None
-    ) -> CheckpointStored:
+    async def save_state(self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None) -> CheckpointStored:
         """Write a kept state to the state store, or for want of it a copy of another checkpoint of the same tokens.
 
         Raises `CheckpointError` or `EngineDied`.

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from engine.messages import Grammar, SamplingParams, StopRules
 from server.errors import BadRequest
 from server.schemas.strict import StrictModel
-from server.schemas.structured import StructuredOutputs, lark_grammar, regex_grammar
+from server.schemas.structured import GrammarText, StructuredOutputs, lark_grammar, regex_grammar
 
 MAX_CHOICES = 16  # n, and what a batch of prompts may add up to with it is MAX_SEQUENCES
 MAX_SEQUENCES = 128
@@ -86,8 +86,8 @@ class SamplingFields(StrictModel):
     min_tokens: int = Field(0, ge=0)
 
     structured_outputs: StructuredOutputs | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
+    guided_regex: GrammarText | None = None
+    guided_grammar: GrammarText | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
 
     @model_validator(mode="after")

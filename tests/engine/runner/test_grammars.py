@@ -161,9 +161,9 @@ def test_what_is_no_grammar_is_refused(grammars: Grammars, grammar: Grammar, com
 @pytest.mark.parametrize(
     "grammar",
     [
-        Grammar(kind="lark", text="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(1350)) + "a1350: /x/"),
-        Grammar(kind="lark", text="start: A0\n" + "".join(f"A{i}: A{i + 1}\n" for i in range(1350)) + "A1350: /x/"),
-        Grammar(kind="regex", text="(" * 8000 + "x" + ")" * 8000),
+        Grammar(kind="lark", text="start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(4900)) + "a4900: /x/"),
+        Grammar(kind="lark", text="start: A0\n" + "".join(f"A{i}: A{i + 1}\n" for i in range(4900)) + "A4900: /x/"),
+        Grammar(kind="regex", text="(" * 32_000 + "x" + ")" * 32_000),
         schema({"$ref": "#/$defs/0", "$defs": {f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(1900)}}),
         Grammar(kind="json_schema", text='{"items":' * 6500 + "{}" + "}" * 6500),
     ],
