@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from engine.messages import ResumeKind
+from engine.messages import ResumeKind, StateSource
 from engine.state.prefix_store import MAX_WRITES, REST_SECONDS
+from engine.token_chain import root_digest
 from tests.engine.scheduler.simulation import (
     LETTERS,
     Client,
@@ -505,3 +506,40 @@ def test_a_device_that_fails_while_a_prefix_state_is_placed_fails_one_sequence()
     simulation.run()
     assert second.failed is not None
     assert second.failed.code == "engine_error"
+
+
+def test_tenants_share_nothing() -> None:
+    """Equal tokens after another root are another beginning: nobody can tell what others have asked."""
+    simulation = Simulation()
+    begin(simulation, "mine")
+    simulation.run()
+    request = request_of("yours", PROMPT, source=StateSource(num_tokens=0, chain=root_digest("you")), borders=[END])
+    client = simulation.submit(request)
+    simulation.run()
+    assert num_cached(client) == 0
+    assert counted(simulation, "misses_total") == {"new": 2}
+
+
+@pytest.mark.parametrize("prompt_borders", [[0], [2, 2], [3, 2], [len(PROMPT)], [-1]])
+def test_borders_that_are_none_are_refused(prompt_borders: list[int]) -> None:
+    """They ascend and lie inside the prompt."""
+    simulation = Simulation()
+    client = begin(simulation, "wrong", borders=prompt_borders)
+    assert client.failed is not None
+    assert (client.failed.code, client.failed.field) == ("invalid_request", "borders")
+
+
+def test_a_prompt_with_history_has_no_borders() -> None:
+    """What came before it is not in the prompt, so no other prompt begins alike."""
+    simulation = Simulation()
+    history = begin_and_keep(simulation)
+    client = simulation.submit(request_of("later", PROMPT, history, borders=[2]), history)
+    assert client.failed is not None
+    assert client.failed.field == "borders"
+
+
+def begin_and_keep(simulation: Simulation) -> list[int]:
+    """Run a turn and return the history whose state is kept."""
+    client = begin(simulation, "turn", borders=[], keep_state=True)
+    simulation.run()
+    return client.full_history
