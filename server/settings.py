@@ -85,6 +85,7 @@ class Settings(BaseSettings):
         8192, description="most tokens one choice may generate; the limit of a chat that names none"
     )
     max_body_bytes: PositiveInt = Field(4 << 20, description="largest request body")
+    max_import_bytes: PositiveInt = Field(64 << 20, description="largest conversation that can be imported as a file")
     body_seconds: PositiveFloat = Field(30.0, description="time a client may take to send its body")
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running turns get to finish after SIGTERM")
 

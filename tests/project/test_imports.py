@@ -20,6 +20,12 @@ TORCH_FREE_ENGINE = (
     "engine.launch",
     "engine.logs",
     "engine.tokenizer",
+    # The state store, for exports and imports: bytes in and out. What they mean is `engine.state.checkpoint`'s.
+    "engine.state.store",
+    "engine.state.open_store",
+    "engine.state.file_store",
+    "engine.state.memory_store",
+    "engine.state.redis_store",
 )
 MAY_IMPORT = {
     "kernels": {"kernels"},
