@@ -268,6 +268,11 @@ def _problem(part: dict[str, Any]) -> str:
     return f"{name}: " + ("there is no such setting" if part["type"] == "extra_forbidden" else part["msg"])
 
 
+def api_key_in_environment() -> str | None:
+    """Return the API key that a client of a server finds in the environment, under the server's own name for it."""
+    return os.environ.get(ENV_PREFIX + "API_KEY") or None
+
+
 def _config_from_environment() -> Path | None:
     path = os.environ.get(CONFIG_ENV)
     return Path(path) if path else None
