@@ -223,7 +223,7 @@ def _told_in_one_line() -> Iterator[None]:
 def _refusal(response: httpx.Response) -> ApiError:
     try:
         detail = response.json()["error"]
-        message, code = _line(detail["message"]), detail["code"]
+        message, code = _line(detail["message"]).rstrip("."), detail["code"]
     except (ValueError, LookupError, TypeError):
         return ApiError(f"the server answered {response.status_code}")
     kind = {404: NotFound, 412: VersionMoved}.get(response.status_code, ApiError)

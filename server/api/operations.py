@@ -80,10 +80,9 @@ class Router(APIRouter):
         """Return the decorator that serves `method` and `path`; the function's name is the operation's id.
 
         `body` is what the request must be; or it is a `file` of that media type. The reply is a `reply`, a stream of
-        `chunk`s, or something of `media_type`.
-        `errors` are the statuses it may have besides those any request may meet, `other_replies` what it says with
-        others. `headers` are those of requests that it heeds. `links` say which operations go on from its reply, and
-        where in it their parameters are.
+        `chunk`s, or something of `media_type`. `errors` are the statuses it may have besides those any request may
+        meet, `other_replies` what it says with others. `headers` are those of requests that it heeds. `links` say which
+        operations go on from its reply, and where in it their parameters are.
         """
         self.bodies |= set() if body is None else {body}
         self.replies |= {struct for struct in (reply, chunk, *other_replies.values()) if struct is not None}
