@@ -12,7 +12,7 @@ from chat.api import Api, ApiError, Applied, Head, NotFound, Said, Unreachable, 
 from chat.screen import Screen
 
 NUM_SHOWN = 20  # of what was said, on joining
-NUM_RECONNECTS = 8
+NUM_RECONNECTS = 10
 RECONNECT_SECONDS = 0.25  # before the first; twice as long before each other
 MAX_RECONNECT_SECONDS = 4.0
 EXCERPT_CHARS = 60
