@@ -99,6 +99,7 @@ class Generation:
         budget.begin()
         self._drain = drain
         self._budget = budget
+        self._loop = asyncio.get_running_loop()
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
@@ -132,8 +133,10 @@ class Generation:
         self._wake_reader()
 
     def _wake_reader(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+        if self._arrival is not None:
+            if not self._arrival.done():
+                self._arrival.set_result(None)
+            self._arrival = None
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
@@ -163,15 +166,16 @@ class Generation:
 
         Raises what ended the work early, after the events before it.
         """
-        await self._arrived()
         if not self._events:
-            await self._task
+            await self._arrived()
+            if not self._events:
+                await self._task
         events, self._events = self._events, []
         return events
 
     async def _arrived(self) -> None:
         if not self._events and not self._has_ended:
-            self._arrival = asyncio.get_running_loop().create_future()
+            self._arrival = self._loop.create_future()
             await self._arrival
 
     async def aclose(self) -> None:
@@ -323,8 +327,9 @@ class _Choice:
     def advanced(self, event: SequenceOutput) -> None:
         """Emit what a step brought."""
         is_last = event.finish_reason is not None
-        self._prompt_logprobs += [entry for entry in event.prompt_logprobs or () if entry is not None]
-        if event.token_ids or is_last:
+        if event.prompt_logprobs:
+            self._prompt_logprobs += [entry for entry in event.prompt_logprobs if entry is not None]
+        if not self._is_prompted and (event.token_ids or is_last):
             self._prompted()
         text = self._detokenizer.push(event.token_ids)
         if is_last:
@@ -337,8 +342,6 @@ class _Choice:
             self._generation.emit(delivered)
 
     def _prompted(self) -> None:
-        if self._is_prompted:
-            return
         self._is_prompted = True
         asked = self._plan.num_prompt_logprobs is not None
         logprobs = [None, *self._prompt_logprobs] if asked else None

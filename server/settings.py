@@ -45,7 +45,9 @@ class Settings(BaseSettings):
         None, description="the model's name in the API; default: the file's or directory's name"
     )
     tokenizer: str = Field("auto", description="auto, bytes, world, or the path of a tokenizer.json")
-    template: str = Field("auto", description="chat template; auto chooses by model and tokenizer")
+    template: str = Field(
+        "auto", description="chat template by name, or auto: what the model's sostenuto.json says, else world"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="of the weights; states are always float32"

@@ -14,8 +14,7 @@ from engine.token_chain import DIGEST_BYTES, extend_digest
 
 MAX_STOP_STRING_BYTES = 65_536  # of all stop strings of a request together: its automaton has a node a byte
 
-# Of a grammar. A schema's size says little about its cost, the others' more: every rule may nest in every other.
-MAX_GRAMMAR_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 16_384, "lark": 16_384}
+MAX_GRAMMAR_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 65_536, "lark": 65_536}
 
 
 def validate(request: GenerationRequest, vocab_size: int, max_logprobs: int) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     answering,
@@ -70,10 +71,18 @@ from server.templates import (
 )
 from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 
-@router.post("/v1/chat/completions")
+@router.operation(
+    "POST",
+    "/v1/chat/completions",
+    body=ChatRequest,
+    reply=ChatCompletion,
+    chunk=ChatChunk,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf
 ) -> Response:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     check_model,
@@ -42,12 +43,20 @@ from server.streaming import respond
 from server.templates import AnswerText
 from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.operation(
+    "POST",
+    "/v1/completions",
+    body=CompletionRequest,
+    reply=Completion,
+    chunk=Completion,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
 ) -> Response:

@@ -14,11 +14,11 @@ import torch
 
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
-from engine.runner.grammars import Allowed, GrammarMatcher
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 Model = Callable[[Sequence[int], SamplingParams], int]
 
 STUB_SPEC = StateSpec(
@@ -114,12 +114,10 @@ class StubRunner:
             prompt_logprobs = [None if i is None else TokenLogprobs(-float(i)) for i in chunk.target_ids]
         if chunk.sampling is None:
             return ChunkOutput(prompt_logprobs=prompt_logprobs)
-        if chunk.matcher is not None and (allowed := chunk.matcher.allowed((), may_stop=True)) is None:
-            return ChunkOutput(prompt_logprobs=prompt_logprobs, is_complete=True)
         token_id = self.model(tape, chunk.sampling)
         logprobs = TokenLogprobs(-float(token_id)) if chunk.sampling.num_logprobs is not None else None
         output = ChunkOutput(token_id, logprobs, prompt_logprobs)
-        return output if chunk.matcher is None else _followed(output, chunk.matcher, allowed)
+        return output if chunk.matcher is None else _constrained(output, chunk.matcher)
 
     def start(self, slot: int) -> None:
         """Give the slot the empty history."""
@@ -159,11 +157,14 @@ class StubRunner:
             raise DeviceFault("the device is gone")
 
 
-def _followed(output: ChunkOutput, matcher: GrammarMatcher, allowed: Allowed) -> ChunkOutput:
+def _constrained(output: ChunkOutput, matcher: GrammarMatcher) -> ChunkOutput:
     """Return the output with the lowest allowed token if its own is not allowed."""
     assert output.token_id is not None
-    token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
     try:
+        allowed = matcher.allowed((), may_stop=True)
+        if allowed is None:
+            return replace(output, token_id=None, logprobs=None, is_complete=True)
+        token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
         matcher.advance(token_id)
     except InvalidRequest as error:
         return ChunkOutput(grammar_error=str(error))
