@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tests.benchmarks.synthetic_model import ensure_model
 from tests.conftest import ROOT
@@ -59,7 +60,7 @@ class PeerProcess:
     """One implementation in a process, asked over pipes."""
 
     def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
             command, cwd=directory, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, bufsize=1,
@@ -161,7 +162,7 @@ def measure(peers: dict[str, PeerProcess], settings: Settings) -> dict[str, obje
         if not value >= MIN_CORRELATION:
             raise RuntimeError(f"{name} computes something else: its logits correlate with ours by {value:.4f}")
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in peers}
-    for _ in range(settings.rounds):
+    for _ in tqdm(range(settings.rounds), desc="peers"):
         for batch_size in BATCH_SIZES:
             for name, peer in peers.items():
                 if batch_size <= peer.max_batch:

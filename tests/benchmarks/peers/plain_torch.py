@@ -1,6 +1,7 @@
 """A plain PyTorch RWKV-7 step, as one would write it down: `python plain_torch.py MODEL THREADS`.
 
-Matrices in bfloat16, everything small and the state in float32, all sequences together, a prompt token by token.
+Matrices in bfloat16 where PyTorch has instructions for it (else float32, which is faster there), everything small and the
+state in float32, all sequences together, a prompt token by token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ class PlainTorch:
 
     def __init__(self, path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
+        self._dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
         weights = load_file(path)
-        self._w = {name: w if w.ndim == 2 and "r_k" not in name else w.float().squeeze() for name, w in weights.items()}
+        self._w = {
+            name: w.to(self._dtype) if w.ndim == 2 and "r_k" not in name else w.float().squeeze()
+            for name, w in weights.items()
+        }
         self._num_layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         self._num_heads, self._head_size = weights["blocks.0.att.r_k"].shape
         self._width = weights["emb.weight"].shape[1]
@@ -70,7 +75,7 @@ class PlainTorch:
         mixed = {name: h + (previous - h) * w[f"{att}x_{name}"] for name in "rwkvag"}
 
         def low_rank(name: str, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-            first = activation(mixed[name].bfloat16() @ w[f"{att}{name}1"])
+            first = activation(mixed[name].to(self._dtype) @ w[f"{att}{name}1"])
             return (first @ w[f"{att}{name}2"]).float()
 
         r, k, v = (
@@ -97,7 +102,7 @@ class PlainTorch:
         return self._linear(y * gate, att + "output.weight"), first_value
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return nn.functional.linear(x.bfloat16(), self._w[name]).float()
+        return nn.functional.linear(x.to(self._dtype), self._w[name]).float()
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return nn.functional.layer_norm(x, (self._width,), self._w[name + ".weight"], self._w[name + ".bias"])

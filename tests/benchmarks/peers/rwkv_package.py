@@ -27,7 +27,9 @@ class RwkvPackage:
             # The package looks for the first layer's value rank, which official files have and nothing uses.
             weights |= {f"blocks.0.att.v{i}": weights[f"blocks.0.att.a{i}"] for i in range(3)}
             torch.save(weights, Path(directory) / "model.pth")
-            self._model = RWKV(model=f"{directory}/model", strategy="cpu bf16")
+            # Without instructions for bfloat16, PyTorch is several times slower in it than in float32.
+            dtype = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+            self._model = RWKV(model=f"{directory}/model", strategy=f"cpu {dtype}")
         self._state: object = None
 
     def begin(self, batch_size: int) -> None:
