@@ -24,6 +24,7 @@ from engine.errors import (
     EngineDied,
     EngineDraining,
     EngineError,
+    InitialStateUnavailable,
     InvalidRequest,
     NumericalError,
     QueueFull,
@@ -67,6 +68,7 @@ _FAILURES: dict[str, type[EngineError]] = {
     "queue_full": QueueFull,
     "draining": EngineDraining,
     "state_unavailable": StateUnavailable,
+    "initial_state_unavailable": InitialStateUnavailable,
     "numerical_error": NumericalError,
 }
 _CHECKPOINT_FAILURES: dict[str, type[CheckpointError]] = {
@@ -130,7 +132,7 @@ class AsyncEngine:
         """Run `request` and yield its events; outputs that wait together arrive as one.
 
         Leaving early aborts the sequence within one step. Raises `InvalidRequest`, `QueueFull`, `EngineDraining`,
-        `StateUnavailable`, `NumericalError`, `EngineDied` or `EngineError`.
+        `StateUnavailable`, `InitialStateUnavailable`, `NumericalError`, `EngineDied` or `EngineError`.
         """
         if request.request_id in self._mailboxes:
             raise InvalidRequest("request_id", f"a sequence {request.request_id!r} is running")

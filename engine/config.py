@@ -24,3 +24,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_url: str = "memory:"  # memory: | file:///DIR | redis://HOST:PORT/DB
     checkpoint_ttl_seconds: float = 86_400.0  # promise P14: losing a checkpoint costs time, never data
     hot_state_bytes: int = 1 << 30  # host memory for states between turns
+    initial_states: str | None = None  # directory of tuned states that histories may begin from

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import zmq
@@ -34,6 +34,7 @@ from engine.messages import (
     Event,
     ForgetState,
     Hello,
+    InitialStateRef,
     SaveState,
     StepReport,
     StepStats,
@@ -47,6 +48,7 @@ from engine.scheduler.scheduler import Scheduler, SequenceEvent
 from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
 from engine.state.save_queue import SaveQueue
+from engine.state.spec import RecurrentState
 from engine.state.store import StateStore
 
 _log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class EngineLoop:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         clock: Callable[[], float] = time.monotonic,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         self._runner = runner
         self._ready = ready
@@ -80,7 +83,9 @@ class EngineLoop:
         self._poller.register(self._doorbell.fileno(), zmq.POLLIN)
         self._hot_states = HotStates(config.hot_state_bytes)
         self._checkpointer = Checkpointer(store, runner.spec, config.checkpoint_ttl_seconds, self._doorbell.ring, clock)
-        self._scheduler = Scheduler(config, runner, vocabulary, self._hot_states, self._checkpointer.fetch, clock)
+        self._scheduler = Scheduler(
+            config, runner, vocabulary, self._hot_states, self._checkpointer.fetch, clock, initial_states
+        )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._clients: set[bytes] = set()
         self._draining_clients: set[bytes] = set()

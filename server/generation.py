@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from engine.messages import (
     FinishReason,
     GenerationRequest,
+    InitialStateRef,
     SamplingParams,
     SequenceOutput,
     SequenceStarted,
@@ -79,6 +80,7 @@ class ChoicePlan:
     sampling: SamplingParams
     stop: StopRules
     num_prompt_logprobs: int | None = None
+    initial_state: InitialStateRef | None = None  # what a choice outside a conversation begins from
 
 
 class Generation:
@@ -156,7 +158,7 @@ class Generation:
 
 
 async def generate_choices(services: Services, generation: Generation, plans: Sequence[ChoicePlan]) -> None:
-    """Generate independent choices, all at once, each from the empty history."""
+    """Generate independent choices, all at once, each from its initial state."""
     try:
         async with asyncio.TaskGroup() as group:
             for plan in plans:
@@ -171,11 +173,16 @@ async def _generate_choice(services: Services, generation: Generation, plan: Cho
         prompt_ids=plan.prompt_ids,
         sampling=plan.sampling,
         stop=plan.stop,
-        source=StateSource(num_tokens=0, chain=root_digest()),
+        source=_beginning(plan.initial_state),
         num_prompt_logprobs=plan.num_prompt_logprobs,
     )
     last = await _follow(services, generation, plan, services.engine.generate(request))
     generation.emit(last)
+
+
+def _beginning(initial_state: InitialStateRef | None) -> StateSource:
+    chain = root_digest(initial_state="" if initial_state is None else initial_state.fingerprint)
+    return StateSource(num_tokens=0, chain=chain, initial_state=initial_state)
 
 
 async def generate_turn(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> None:

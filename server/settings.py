@@ -87,6 +87,10 @@ class Settings(BaseSettings):
     checkpoint_ttl_seconds: PositiveFloat = Field(DAY_SECONDS, description="stored states expire; costs time only")
     hot_state_bytes: int = Field(1 << 30, ge=0, description="host memory for states between turns")
 
+    initial_states: Path | None = Field(
+        None, description="directory of tuned states that conversations may begin from: NAME.safetensors or NAME.pth"
+    )
+
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda value: str(value).lower())
     ] = Field("info", description="debug, info, warning or error")
@@ -206,6 +210,7 @@ class Settings(BaseSettings):
             state_url=self.resolved_state_url,
             checkpoint_ttl_seconds=self.checkpoint_ttl_seconds,
             hot_state_bytes=self.hot_state_bytes,
+            initial_states=None if self.initial_states is None else str(self.initial_states),
         )
 
     def printable(self) -> dict[str, str | int | float | bool | None]:

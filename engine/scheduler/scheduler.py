@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from engine.config import EngineConfig
@@ -23,6 +23,7 @@ from engine.errors import (
     CheckpointRejected,
     EngineDraining,
     EngineError,
+    InitialStateUnavailable,
     InvalidRequest,
     QueueFull,
 )
@@ -30,6 +31,7 @@ from engine.messages import (
     CheckpointRef,
     FinishReason,
     GenerationRequest,
+    InitialStateRef,
     ResumeKind,
     SequenceFailed,
     SequenceOutput,
@@ -65,6 +67,7 @@ class Scheduler:
         hot_states: HotStates,
         fetch: Callable[[CheckpointRef], Future[RecurrentState]],
         clock: Callable[[], float] = time.monotonic,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ValueError(
@@ -80,6 +83,7 @@ class Scheduler:
         self._hot_states = hot_states
         self._fetch = fetch
         self._clock = clock
+        self._initial_states = initial_states
         self._slots = Slots(runner.num_slots - 1)  # the last one is the runner's, for padding
         self._by_key: dict[SequenceKey, Sequence] = {}  # what clients may still hear of
         self._waiting: dict[SequenceKey, Sequence] = {}  # in order of arrival
@@ -172,6 +176,9 @@ class Scheduler:
         if (client, request.request_id) in self._by_key:
             raise InvalidRequest("request_id", "request_id names a sequence that has not ended")
         validate(request, self._runner.vocab_size, self._config.max_logprobs)
+        initial_state = request.source.initial_state
+        if initial_state is not None and initial_state not in self._initial_states:
+            raise InitialStateUnavailable("the initial state is not here, or its name has another content now")
         if self.num_waiting >= self._num_free_seats + self._config.max_num_queued_reqs:
             raise QueueFull(f"{self.num_waiting} sequences wait already")
 
@@ -278,14 +285,15 @@ class Scheduler:
     def _origin_at_hand(self, sequence: Sequence) -> Origin | None:
         """Return where the sequence can begin without asking the state store."""
         source = sequence.request.source
+        beginning = None if source.initial_state is None else self._initial_states[source.initial_state]
         if source.num_tokens == 0:
-            return Origin(ResumeKind.NEW)
+            return Origin(ResumeKind.NEW, beginning)
         if (state := self._hot_states.get(source)) is not None:
             return Origin(ResumeKind.HOT, state)
         if source.checkpoint is not None:
             state = self._hot_states.get(source.checkpoint)
             return Origin(ResumeKind.REPLAYED, state, source.replay_ids) if state is not None else None
-        return Origin(ResumeKind.REPLAYED, None, source.replay_ids) if source.replay_ids else None
+        return Origin(ResumeKind.REPLAYED, beginning, source.replay_ids) if source.replay_ids else None
 
     def _place_loaded(self) -> None:
         """Begin the sequences whose checkpoint has arrived; fail those whose checkpoint cannot be used."""
@@ -427,6 +435,11 @@ class Scheduler:
 
 
 def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:
-    codes = {QueueFull: "queue_full", EngineDraining: "draining", InvalidRequest: "invalid_request"}
+    codes = {
+        QueueFull: "queue_full",
+        EngineDraining: "draining",
+        InvalidRequest: "invalid_request",
+        InitialStateUnavailable: "initial_state_unavailable",
+    }
     field = refusal.field if isinstance(refusal, InvalidRequest) else None
     return SequenceFailed(request_id=request.request_id, code=codes[type(refusal)], message=str(refusal), field=field)

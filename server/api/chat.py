@@ -16,6 +16,7 @@ from server.api.requests import (
     check_num_logprobs,
     conversation_of,
     expected_version,
+    initial_state_of,
     limited,
     with_choice,
 )
@@ -63,7 +64,7 @@ async def create_chat_completion(
     writer = ChatWriter(services, body)
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, services)
         if selector is None:
             prompt = planner.render(services.template, first=True)
             writer.expect(prompt)
@@ -101,6 +102,7 @@ class Planner:
         )
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
+        self._initial_state = initial_state_of(body.initial_state, services)
 
     def render(self, template: Template, *, first: bool) -> RenderedPrompt:
         """Return the messages as the model was trained on them; raises `TemplateError`."""
@@ -115,7 +117,8 @@ class Planner:
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
         return [
-            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop) for index in range(self._body.n)
+            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop, initial_state=self._initial_state)
+            for index in range(self._body.n)
         ]
 
 

@@ -16,6 +16,7 @@ from server.api.requests import (
     check_num_logprobs,
     conversation_of,
     expected_version,
+    initial_state_of,
     limited,
     with_choice,
 )
@@ -51,7 +52,7 @@ async def create_completion(
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body)
+        selector = conversation_of(body, services)
         if selector is None:
             await generate_choices(services, generation, planner.plans(prompts))
             return
@@ -75,6 +76,7 @@ class Planner:
         max_tokens = limited("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, services.settings.max_output_tokens)
         self._sampling = body.sampling(tokenizer.vocab_size, num_logprobs)
         self._stop = body.stop_rules(max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids)
+        self._initial_state = initial_state_of(body.initial_state, services)
 
     async def token_ids(self, prompt: Prompt) -> list[int]:
         """Return the prompt's tokens; raises `BadRequest` for ids that are none."""
@@ -94,6 +96,7 @@ class Planner:
                 sampling=with_choice(self._sampling, choice_idx),
                 stop=self._stop,
                 num_prompt_logprobs=self._sampling.num_logprobs if self._body.echo else None,
+                initial_state=self._initial_state,
             )
             for prompt_idx, prompt_ids in enumerate(prompts)
             for choice_idx in range(self._body.n)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
 
+from server.api.requests import initial_state_of
 from server.conversations.ledger import ConversationNotFound
 from server.parsing import json_body
 from server.schemas.conversations import ConversationDeleted, ConversationReply, ConversationRequest
@@ -36,7 +37,8 @@ async def create_conversation(
 ) -> Response:
     """Begin a conversation without turns."""
     conversation_id = body.id or f"conv_{uuid.uuid4().hex}"
-    head = await services.turns.create(conversation_id, body.metadata)
+    initial_state = initial_state_of(body.initial_state, services)
+    head = await services.turns.create(conversation_id, body.metadata, initial_state)
     return json_response(ConversationReply.of(head))
 
 

@@ -7,7 +7,7 @@ import re
 import msgspec
 from fastapi import Request
 
-from engine.messages import SamplingParams
+from engine.messages import InitialStateRef, SamplingParams
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
 from server.schemas.generation import GenerationFields
@@ -22,12 +22,24 @@ def check_model(name: str | None, services: Services) -> None:
         raise UnknownModel
 
 
-def conversation_of(body: GenerationFields) -> ConversationSelector | None:
+def initial_state_of(name: str | None, services: Services) -> InitialStateRef | None:
+    """Return the tuned state of that name; raises `BadRequest`, which lists what there is."""
+    if name is None:
+        return None
+    known = {ref.name: ref for ref in services.model.engine.initial_states}
+    if name not in known:
+        there_is = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise BadRequest(f"initial_state: this server has no such state; {there_is}.", "initial_state")
+    return known[name]
+
+
+def conversation_of(body: GenerationFields, services: Services) -> ConversationSelector | None:
     """Return which conversation the request continues: OpenAI's field wants it to exist, ours creates it."""
+    initial_state = initial_state_of(body.initial_state, services)
     if body.conversation is not None:
-        return ConversationSelector(body.conversation.id, create=False)
+        return ConversationSelector(body.conversation.id, create=False, initial_state=initial_state)
     if body.conversation_id is not None:
-        return ConversationSelector(body.conversation_id, create=True)
+        return ConversationSelector(body.conversation_id, create=True, initial_state=initial_state)
     return None
 
 

@@ -22,7 +22,8 @@ from typing import Protocol
 
 import msgspec
 
-from engine.messages import CheckpointRef
+from engine.messages import CheckpointRef, InitialStateRef
+from engine.token_chain import root_digest
 
 
 class Durability(enum.StrEnum):
@@ -62,6 +63,12 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     checkpoint: CheckpointRef | None = None  # the newest known state, at checkpoint_version
     checkpoint_version: int = 0
+    initial_state: InitialStateRef | None = None  # what its history begins from; None: the zero state
+
+    @property
+    def root(self) -> bytes:
+        """The chain of its empty history."""
+        return root_digest(initial_state="" if self.initial_state is None else self.initial_state.fingerprint)
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):

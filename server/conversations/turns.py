@@ -9,6 +9,7 @@ behind the commit; whatever becomes of it costs time at the next turn, never dat
 
 TurnError
 ├── ModelMismatch        the conversation's tokens belong to other weights
+├── InitialStateConflict the conversation did not begin from the initial state that a turn names
 └── LogCorrupt           the turn log does not hash to its recorded chain
 """
 
@@ -23,13 +24,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.client import AsyncEngine
-from engine.errors import CheckpointError, EngineError, StateUnavailable
+from engine.errors import CheckpointError, EngineError, InitialStateUnavailable, StateUnavailable
 from engine.messages import (
     CheckpointRef,
     CheckpointStored,
     FinishReason,
     GenerationRequest,
+    InitialStateRef,
     ResumeKind,
     SamplingParams,
     SequenceOutput,
@@ -37,7 +41,7 @@ from engine.messages import (
     StateSource,
     StopRules,
 )
-from engine.token_chain import extend_digest, root_digest
+from engine.token_chain import extend_digest
 from server.conversations.lease_keeper import LeaseKeeper
 from server.conversations.ledger import (
     Conversation,
@@ -71,6 +75,10 @@ class ModelMismatch(TurnError):
     """The conversation's tokens belong to other weights than those being served."""
 
 
+class InitialStateConflict(TurnError):
+    """A turn names an initial state that its conversation did not begin from."""
+
+
 class LogCorrupt(TurnError):
     """The turn log does not hash to the chain recorded with its last turn. Nothing is generated from it."""
 
@@ -82,6 +90,7 @@ class ModelIdentity:
     name: str
     fingerprint: str
     template: str
+    initial_states: tuple[InitialStateRef, ...] = ()  # that its conversations may begin from
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +99,7 @@ class ConversationSelector:
 
     conversation_id: str
     create: bool = False
+    initial_state: InitialStateRef | None = None  # to begin with; naming it again later does no harm
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,7 @@ class TurnObserver(Protocol):
         ...
 
     def turn_refused(self, reason: str) -> None:
-        """A turn could not be opened or committed: busy, version, lease_lost, unavailable, model."""
+        """A turn could not be opened or committed: busy, version, lease_lost, unavailable, model, initial_state."""
         ...
 
     def checkpoint_stored(self, stored: CheckpointStored) -> None:
@@ -158,12 +168,17 @@ class Turns:
         self._line = WaitingLine()
         self._behind: set[asyncio.Task[None]] = set()
 
-    async def create(self, conversation_id: str, metadata: dict[str, str] | None = None) -> Conversation:
-        """Begin a conversation at version 0; raises `ConversationExists`."""
+    async def create(
+        self,
+        conversation_id: str,
+        metadata: dict[str, str] | None = None,
+        initial_state: InitialStateRef | None = None,
+    ) -> Conversation:
+        """Begin a conversation at version 0, from the zero state or from a tuned one; raises `ConversationExists`."""
         conversation = Conversation(
             conversation_id=conversation_id,
             version=0,
-            chain=root_digest(),
+            chain=b"",
             num_tokens=0,
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -171,7 +186,9 @@ class Turns:
             created_at=time.time(),
             ttl_seconds=self.conversation_ttl_seconds,
             metadata=metadata or {},
+            initial_state=initial_state,
         )
+        conversation = msgspec.structs.replace(conversation, chain=conversation.root)
         await self.ledger.create(conversation)
         return conversation
 
@@ -193,7 +210,7 @@ class Turns:
 
         Entering raises `ConversationNotFound`, `ConversationExpired`, `ConversationBusy` (after waiting up to
         `queue_seconds` in order of arrival), `VersionConflict` if the head is not at `if_match`, `ModelMismatch`,
-        `LedgerUnavailable`.
+        `InitialStateUnavailable`, `InitialStateConflict`, `LedgerUnavailable`.
         """
         return self._open(selector, if_match, queue_seconds)
 
@@ -212,6 +229,7 @@ class Turns:
         turn: OpenTurn | None = None
         try:
             self._check(head, if_match)
+            self._check_initial_state(head, selector.initial_state)
             async with LeaseKeeper(self.ledger, lease) as keeper:
                 turn = OpenTurn(self, keeper, head)
                 yield turn
@@ -227,6 +245,17 @@ class Turns:
             self.observer.turn_refused("model")
             raise ModelMismatch(f"conversation {head.conversation_id!r} was held with another model, {head.model!r}")
 
+    def _check_initial_state(self, head: Conversation, named: InitialStateRef | None) -> None:
+        """Refuse to go on from anything but what the conversation began from."""
+        if head.initial_state is not None and head.initial_state not in self.model.initial_states:
+            self.observer.turn_refused("initial_state")
+            raise InitialStateUnavailable(
+                "this server does not have the initial state that the conversation began from"
+            )
+        if named is not None and named != head.initial_state:
+            self.observer.turn_refused("initial_state")
+            raise InitialStateConflict("the conversation did not begin from this initial state")
+
     async def _acquire(self, selector: ConversationSelector, queue_seconds: float) -> tuple[Lease, Conversation]:
         async def attempt() -> tuple[Lease, Conversation]:
             return await self.ledger.acquire(selector.conversation_id, self.owner, self.lease_seconds)
@@ -238,7 +267,7 @@ class Turns:
                 if not selector.create:
                     raise
             with contextlib.suppress(ConversationExists):  # somebody else began it just now: it exists, as wished
-                await self.create(selector.conversation_id)
+                await self.create(selector.conversation_id, initial_state=selector.initial_state)
             return await attempt()
 
         return await self._line.wait(selector.conversation_id, attempt_or_create, queue_seconds)
@@ -428,15 +457,20 @@ class OpenTurn:
         replay_ids = await self._log_ids(after_version=head.checkpoint_version)
         await self._verify(head.checkpoint.chain, replay_ids)
         return StateSource(
-            num_tokens=head.num_tokens, chain=head.chain, checkpoint=head.checkpoint, replay_ids=replay_ids
+            num_tokens=head.num_tokens,
+            chain=head.chain,
+            checkpoint=head.checkpoint,
+            replay_ids=replay_ids,
+            initial_state=head.initial_state,
         )
 
     async def _whole_source(self) -> StateSource:
         """Name the history's state and all its tokens."""
         replay_ids = await self._log_ids(after_version=0)
-        await self._verify(root_digest(), replay_ids)
+        head = self.conversation
+        await self._verify(head.root, replay_ids)
         return StateSource(
-            num_tokens=self.conversation.num_tokens, chain=self.conversation.chain, replay_ids=replay_ids
+            num_tokens=head.num_tokens, chain=head.chain, replay_ids=replay_ids, initial_state=head.initial_state
         )
 
     async def _log_ids(self, after_version: int) -> list[int]:

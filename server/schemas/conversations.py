@@ -22,6 +22,7 @@ class ConversationRequest(StrictModel):
 
     id: ConversationId | None = None  # ours; drawn at random if absent
     metadata: dict[MetadataKey, MetadataValue] = Field({}, max_length=16)
+    initial_state: str | None = None  # name of a tuned state to begin from
 
 
 class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +35,7 @@ class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     num_tokens: int
     model: str
+    initial_state: str | None
 
     @classmethod
     def of(cls, head: Conversation) -> ConversationReply:
@@ -45,6 +47,7 @@ class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
             version=head.version,
             num_tokens=head.num_tokens,
             model=head.model,
+            initial_state=None if head.initial_state is None else head.initial_state.name,
         )
 
 

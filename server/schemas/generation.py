@@ -86,6 +86,7 @@ class GenerationFields(StrictModel):
 
     conversation: Annotated[ConversationReference | None, BeforeValidator(_as_reference)] = None
     conversation_id: ConversationId | None = None
+    initial_state: str | None = None  # name of a tuned state to begin from
     queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
 
     @model_validator(mode="after")

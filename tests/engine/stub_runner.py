@@ -77,6 +77,7 @@ class StubRunner:
         self.explosive = explosive
         self.slots: list[list[int] | None] = [None] * num_slots
         self.plans: list[StepPlan] = []
+        self.loaded: list[RecurrentState] = []
         self.broken = False  # every call raises
         self.saves_break = False
 
@@ -121,6 +122,7 @@ class StubRunner:
         """Give the slot the history in `state`."""
         self._check_device()
         self.slots[slot] = tokens_of(state)
+        self.loaded.append(state)
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` the history of `source`."""

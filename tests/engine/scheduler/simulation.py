@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from engine.messages import (
     CheckpointRef,
     FinishReason,
     GenerationRequest,
+    InitialStateRef,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -118,6 +119,7 @@ class Simulation:
         max_num_queued_reqs: int = 1000,
         hot_state_bytes: int = 1 << 30,
         vocabulary: StubVocabulary = LETTERS,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         self.vocabulary = vocabulary
         self.runner = runner or StubRunner(num_slots=2 * max_num_seqs + 1, vocab_size=len(vocabulary.tokens))
@@ -130,7 +132,9 @@ class Simulation:
         self.hot_states = HotStates(hot_state_bytes)
         self.checkpoints: dict[str, RecurrentState] = {}
         self.fetches: list[tuple[CheckpointRef, Future[RecurrentState]]] = []
-        self.scheduler = Scheduler(self.config, self.runner, vocabulary, self.hot_states, self._fetch)
+        self.scheduler = Scheduler(
+            self.config, self.runner, vocabulary, self.hot_states, self._fetch, initial_states=initial_states
+        )
         self.clients: dict[str, Client] = {}
 
     def submit(self, request: GenerationRequest, history: Sequence[int] = ()) -> Client:
