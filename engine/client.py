@@ -332,6 +332,7 @@ def _merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         prompt_logprobs=_joined(first.prompt_logprobs, second.prompt_logprobs),
         finish_reason=second.finish_reason,
         stop_reason=second.stop_reason,
+        stop_logprobs=second.stop_logprobs,
         num_sampled_tokens=second.num_sampled_tokens,
     )
 

@@ -217,6 +217,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt tokens consumed in this step
     finish_reason: FinishReason | None = None
     stop_reason: int | bytes | None = None  # the stop token or stop string that ended it
+    stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, when asked for
     num_sampled_tokens: int = 0  # in the last output: tokens computed, held-back and stop tokens included
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.messages import (
     FinishReason,
@@ -66,6 +66,7 @@ class Finished:
     stop_reason: int | bytes | None
     num_output_tokens: int
     receipt: TurnReceipt | None
+    stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, if asked for
 
 
 ChoiceEvent = Started | Prompted | Delivered | Finished
@@ -191,7 +192,7 @@ async def generate_turn(services: Services, generation: Generation, turn: OpenTu
     last = await _follow(services, generation, plan, events)
     generation.begin_commit()
     receipt = await turn.commit()
-    generation.emit(Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, receipt))
+    generation.emit(replace(last, receipt=receipt))
 
 
 async def _follow(
@@ -256,4 +257,6 @@ class _Choice:
         self._clock.finished(last.finish_reason, last.num_sampled_tokens)
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
-        return Finished(self._plan.index, last.finish_reason, last.stop_reason, self._num_output_tokens, None)
+        return Finished(
+            self._plan.index, last.finish_reason, last.stop_reason, self._num_output_tokens, None, last.stop_logprobs
+        )

@@ -15,6 +15,8 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from engine.messages import FinishReason, GenerationRequest, ResumeKind, SequenceOutput, TokenLogprobs
 from engine.runner.plan import Chunk, ChunkOutput
 from engine.scheduler.output_gate import ByteVocabulary, OutputGate, SampledToken, StopMatch
@@ -189,7 +191,8 @@ class Sequence:
     ) -> SequenceOutput | None:
         self.num_sampled += 1
         if token.token_id in self.request.stop.stop_token_ids:
-            return self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
+            output = self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
+            return msgspec.structs.replace(output, stop_logprobs=token.logprobs)
         self.tape.append(token.token_id)
         released, match = self._gate.push(token)
         if match is not None:

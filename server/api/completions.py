@@ -133,9 +133,7 @@ class CompletionWriter:
         elif isinstance(event, Delivered) and (event.text or event.logprobs or self._body.return_token_ids):
             yield self._delivered(event)
         elif isinstance(event, Finished):
-            yield CompletionChoice(
-                index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
-            )
+            yield self._finished(event)
 
     def _prompted(self, event: Prompted) -> CompletionChoice:
         prompt = self._body.prompts[event.index // self._body.n]
@@ -154,6 +152,16 @@ class CompletionWriter:
             part.token_ids = event.token_ids
         if event.logprobs is not None:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
+        return part
+
+    def _finished(self, event: Finished) -> CompletionChoice:
+        part = CompletionChoice(
+            index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
+        )
+        # Harnesses that score echoed prompts drop the last entry as the generated token's: it must be there even if
+        # that token was the end of the text, which is no output.
+        if self._body.echo and event.stop_logprobs is not None and isinstance(event.stop_reason, int):
+            part.logprobs = self._logprobs[event.index].write([event.stop_reason], [event.stop_logprobs])
         return part
 
     def chunk(self, part: CompletionChoice) -> Completion:
