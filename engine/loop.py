@@ -2,7 +2,7 @@
 
 Commands come in over a ZeroMQ ROUTER socket, events go out over the same one; several clients may be connected, and
 each hears of its own sequences. Nothing is shared with other threads but the doorbell they ring when a checkpoint was
-read or written.
+read or written, or a grammar compiled.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ from engine.messages import (
     decode_command,
     encode,
 )
+from engine.runner.grammars import Grammars
 from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
+from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler, SequenceEvent
 from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
+from engine.state.prefix_store import PrefixStore
 from engine.state.save_queue import SaveQueue
 from engine.state.spec import RecurrentState
 from engine.state.store import StateStore
@@ -83,8 +86,21 @@ class EngineLoop:
         self._poller.register(self._doorbell.fileno(), zmq.POLLIN)
         self._hot_states = HotStates(config.hot_state_bytes)
         self._checkpointer = Checkpointer(store, runner.spec, config.checkpoint_ttl_seconds, self._doorbell.ring, clock)
+        self._prefix_store = PrefixStore(
+            self._checkpointer, self._hot_states, runner.spec, f"{ready.device.partition(':')[0]} {ready.dtype}", clock
+        )
+        self._prefixes = Prefixes(config, runner.spec.num_bytes, self._hot_states, self._prefix_store)
+        self._grammars = Grammars(vocabulary, runner.vocab_size, self._doorbell.ring)
         self._scheduler = Scheduler(
-            config, runner, vocabulary, self._hot_states, self._checkpointer.fetch, clock, initial_states
+            config,
+            runner,
+            vocabulary,
+            self._hot_states,
+            self._prefixes,
+            self._checkpointer.fetch,
+            self._grammars.compile,
+            clock,
+            initial_states,
         )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._clients: set[bytes] = set()
@@ -105,6 +121,7 @@ class EngineLoop:
         finally:
             self._socket.close(linger=0)
             self._checkpointer.close()
+            self._grammars.close()
             self._doorbell.close()
 
     def _ring_when_set(self, stop: threading.Event) -> None:
@@ -245,7 +262,9 @@ class EngineLoop:
             hot_state_bytes=hot_states.num_bytes,
             pending_checkpoints=self._saves.num_pending,
             counters={
-                **scheduler.counters,
+                **(scheduler.counters + self._prefixes.counters),
+                "rwkv_prefix_states_written_total": self._prefix_store.num_written,
+                "rwkv_prefix_states_not_written_total": self._prefix_store.num_failed,
                 "rwkv_hot_state_evictions_total": hot_states.num_evicted,
                 "rwkv_hot_states_dropped_total": hot_states.num_dropped,
             },

@@ -10,7 +10,7 @@ it has consumed and the chain hash of exactly those tokens (`engine.token_chain`
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -35,6 +35,16 @@ class ResumeKind(enum.StrEnum):
     REPLAYED = "replayed"  # recomputed, wholly or from an older checkpoint on, from the token log
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an output must look like, from its first token to its last. Compiled by `engine.runner.grammars`."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark"]
+    text: str = ""  # the schema as JSON, the regular expression, the grammar; nothing for a JSON object
+    after: str = ""  # the grammar applies after the first time this text comes (the end of a thought)
+    lead: str = ""  # regular expression: up to four characters of this may come right before
+    # A model writes them to complete the opening of its answer.
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. The order of the steps is documented in `engine.runner.sampler`.
 
@@ -46,12 +56,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: float = 1.0  # (0, 1]; 1 = off
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # [0, 1]; 0 = off
+    typical_p: float = 1.0  # (0, 1]; 1 = off
+    top_n_sigma: float = 0.0  # 0 = off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0  # 1 = off
     penalty_decay: float = 1.0  # (0, 1]; counts shrink by this factor with each generated token (RWKV: 0.996)
     logit_bias: dict[int, float] = {}
     num_logprobs: int | None = None  # None: no log-probabilities; k: the chosen token's and the k most likely
+    grammar: Grammar | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were generated before weigh on the next."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
 class StopRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -60,6 +78,7 @@ class StopRules(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_tokens: int  # generated tokens; 0 = consume the prompt only
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[bytes, ...] = ()  # UTF-8, none empty
+    min_tokens: int = 0  # so many are generated before any of these counts: the text in them is not searched either
 
 
 class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +126,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     source: StateSource
     keep_state: bool = False  # keep the final state in memory under its chain, so it can be resumed or saved
     num_prompt_logprobs: int | None = None  # as SamplingParams.num_logprobs, for every prompt token but the first
+    priority: int = 0  # who gets a free slot: lower first, then by arrival
+    counted_ids: list[int] = []  # generated earlier in the conversation, oldest first: penalties count them too
+    # Ascending positions in `prompt_ids`, neither of its ends: here the prompt may be resumed from a state that another
+    # request left behind, and leave one. Only with the empty history as source.
+    borders: list[int] = []
 
 
 # -- commands: client to engine ---------------------------------------------------------------------------------------
@@ -134,11 +158,13 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
     """Write the kept state behind `chain` to the state store under a fresh id: `CheckpointStored` or
     `CheckpointFailed`.
 
-    The state may still be settling; the engine writes it when it is final.
+    The state may still be settling; the engine writes it when it is final. If it is not in memory it is copied from
+    `copy_of`, a checkpoint of the same tokens, if one is given.
     """
 
     chain: bytes
     num_tokens: int
+    copy_of: CheckpointRef | None = None
 
 
 class ForgetState(msgspec.Struct, frozen=True, tag=True):
@@ -191,6 +217,7 @@ class SequenceStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     request_id: str
     resume: ResumeKind
     num_replayed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, that a state at one of its borders had consumed already
     queue_seconds: float = 0.0
     load_seconds: float = 0.0  # to fetch, verify and place a checkpoint
 
@@ -219,6 +246,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     stop_reason: int | bytes | None = None  # the stop token or stop string that ended it
     stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, when asked for
     num_sampled_tokens: int = 0  # in the last output: tokens computed, held-back and stop tokens included
+    num_kept_tokens: int = 0  # in the last output: prompt tokens computed for this request that a kept state consumed
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):

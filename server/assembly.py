@@ -8,10 +8,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import urlsplit
 
 from engine.client import AsyncEngine
+from engine.launch import EngineHost, EngineProcess
 from engine.messages import StepReport
 from engine.tokenizer import load as load_tokenizer
 from server.conversations.ledger import Ledger, LedgerUnavailable
@@ -19,10 +19,15 @@ from server.conversations.open_ledger import open_ledger
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
 from server.metrics import HttpMetrics, Metrics
+from server.presence import Presence
 from server.pulse import Pulse
+from server.responses.archive import Archive
+from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
+from server.tenants import Tenants
+from server.version import server_version
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,11 @@ SETTLE_SECONDS = 20.0
 
 
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncGenerator[Services]:
-    """Start everything a server needs, and end it at exit; raises what keeps it from starting."""
+async def open_services(settings: Settings, host: EngineHost | None = None) -> AsyncGenerator[Services]:
+    """Start everything a server needs, and end it at exit; raises what keeps it from starting.
+
+    The engine runs in a process of its own, or in `host`.
+    """
     metrics = Metrics(state_tier=urlsplit(settings.resolved_state_url).scheme)
     pulse = Pulse()
 
@@ -43,12 +51,13 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         metrics.engine.report(step)
 
     async with AsyncExitStack() as stack:
+        tenants = Tenants.of(settings)
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         template = choose_template(settings.template, settings.model_path)
         ledger = _ledger(settings)
         await ledger.open()
         stack.push_async_callback(ledger.close)
-        engine = AsyncEngine.spawn(settings.engine_config, on_report=report)
+        engine = AsyncEngine(host or EngineProcess(settings.engine_config), on_report=report)
         stack.push_async_callback(engine.close)
         ready = await engine.start()
         metrics.engine.up.set_function(lambda: engine.is_ready)
@@ -64,12 +73,14 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
         )
         drain = Drain()
+        presence = Presence(ledger)
         stack.push_async_callback(_settle, turns, drain)
         await _in_background(stack, _sweep(turns))
         await _in_background(stack, _probe_loop(metrics.http))
         logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
         yield Services(
             settings=settings,
+            tenants=tenants,
             engine=engine,
             turns=turns,
             tokenizer=tokenizer,
@@ -77,6 +88,9 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             metrics=metrics,
             model=ServedModel(settings.model_name, int(time.time()), ready),
             drain=drain,
+            presence=presence,
+            archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            runs=Runs(drain, metrics.http),
             pulse=pulse,
         )
 
@@ -125,11 +139,3 @@ async def _probe_loop(metrics: HttpMetrics) -> None:
         before = time.perf_counter()
         await asyncio.sleep(LAG_PROBE_SECONDS)
         metrics.loop_lag_seconds.observe(max(0.0, time.perf_counter() - before - LAG_PROBE_SECONDS))
-
-
-def server_version() -> str:
-    """Return the installed version."""
-    try:
-        return version("sostenuto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unreleased"

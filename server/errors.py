@@ -7,6 +7,7 @@ ServerError
 ├── HeadTooLarge             the address and the headers have more bytes than anybody needs
 ├── BodyTooLarge             more bytes than the operator allows; said while they arrive
 ├── BodyTooSlow              the body did not arrive in time
+├── RateLimitExceeded        the key has used up what it may ask for
 └── ServerDraining           the server is shutting down; what had not finished was not applied
 
 Errors of the engine and of conversations keep their own trees; all meet in `ANSWERS`. An answer never repeats what the
@@ -23,7 +24,8 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import ledger, turns
+from server.conversations import edits, ledger, open_turn
+from server.responses import errors as responses
 
 
 class ServerError(Exception):
@@ -57,6 +59,15 @@ class BodyTooLarge(ServerError):
 
 class BodyTooSlow(ServerError):
     """The body did not arrive in time."""
+
+
+class RateLimitExceeded(ServerError):
+    """The tenant has used up its `resource` (requests, tokens, or requests that run at once)."""
+
+    def __init__(self, resource: str, retry_after_seconds: float) -> None:
+        self.resource = resource
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(f"This API key has used up its {resource}.")
 
 
 class ServerDraining(ServerError):
@@ -96,8 +107,10 @@ class Answer:
         return msgspec.json.encode(self.body)
 
 
-RETRY_SOON_SECONDS = 1
-RETRY_ELSEWHERE_SECONDS = 5  # a draining server is replaced, not resumed
+RETRY_SOON_SECONDS = 1.0
+RETRY_ELSEWHERE_SECONDS = 5.0  # a draining server is replaced, not resumed
+# OpenAI's clients try again by themselves after these and every 5xx, unless they are told not to.
+RETRIED_STATUSES = frozenset({408, 409, 429})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +122,7 @@ class Rule:
     code: str
     message: str | None = None
     param: str | None = None
-    retry_after_seconds: int | None = None
+    retry_after_seconds: float | None = None  # None: the same request would meet the same answer
     closes_connection: bool = False
     refine: Callable[[Exception, Answer], Answer] | None = None
 
@@ -133,10 +146,14 @@ def _with_template_field(error: Exception, answer: Answer) -> Answer:
     return Answer(answer.status, ErrorBody(detail), answer.headers)
 
 
-def _with_lease_end(error: Exception, answer: Answer) -> Answer:
-    assert isinstance(error, ledger.ConversationBusy)
-    seconds = max(1, math.ceil(error.retry_after_seconds))
-    return Answer(answer.status, answer.body, {**answer.headers, "retry-after": str(seconds)})
+def _with_wait(error: Exception, answer: Answer) -> Answer:
+    assert isinstance(error, ledger.ConversationBusy | RateLimitExceeded)
+    return Answer(answer.status, answer.body, {**answer.headers, **_retry_after(error.retry_after_seconds)})
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    milliseconds = max(1, math.ceil(seconds * 1000))
+    return {"retry-after": str(math.ceil(milliseconds / 1000)), "retry-after-ms": str(milliseconds)}
 
 
 def _with_version(error: Exception, answer: Answer) -> Answer:
@@ -153,10 +170,11 @@ ENGINE_FIELDS = {
     "num_prompt_logprobs": "logprobs",
 }
 
-REQUEST, AUTH, CONFLICT, SERVER, OVERLOAD = (
+REQUEST, AUTH, CONFLICT, LIMIT, SERVER, OVERLOAD = (
     "invalid_request_error",
     "authentication_error",
     "conflict_error",
+    "rate_limit_error",
     "server_error",
     "overloaded_error",
 )
@@ -174,15 +192,30 @@ ANSWERS: dict[type[Exception], Rule] = {
     engine.InvalidRequest: Rule(400, REQUEST, "invalid_value", refine=_with_engine_field),
     templates.TemplateError: Rule(400, REQUEST, "invalid_value", refine=_with_template_field),
     Unauthorized: Rule(401, AUTH, "invalid_api_key", "Send the server's API key as a bearer token."),
+    responses.ResponseCancelled: Rule(409, CONFLICT, "response_cancelled", "The response was cancelled."),
+    responses.ResponseNotFound: Rule(404, REQUEST, "response_not_found", "There is no such response.", "response_id"),
+    responses.PreviousResponseNotFound: Rule(
+        404, REQUEST, "previous_response_not_found", "There is no such response.", "previous_response_id"
+    ),
+    responses.PreviousResponseUnfinished: Rule(
+        400, REQUEST, "previous_response_unfinished", "That response has no answer to continue.", "previous_response_id"
+    ),
     UnknownModel: Rule(404, REQUEST, "model_not_found", "This server has no such model.", "model"),
     ledger.ConversationNotFound: Rule(
         404, REQUEST, "conversation_not_found", "There is no such conversation.", "conversation"
     ),
+    ledger.DocumentNotFound: Rule(400, REQUEST, "invalid_value", "after: there is no such entry in the list.", "after"),
     ledger.ConversationExpired: Rule(
         410, REQUEST, "conversation_expired", "The conversation was deleted or has expired.", "conversation"
     ),
     BodyTooSlow: Rule(
-        408, REQUEST, "body_timeout", "The request's body did not arrive in time.", closes_connection=True
+        408,
+        REQUEST,
+        "body_timeout",
+        "The request's body did not arrive in time.",
+        None,
+        RETRY_SOON_SECONDS,
+        closes_connection=True,
     ),
     BodyTooLarge: Rule(413, REQUEST, "body_too_large", "The request's body is too large."),
     HeadTooLarge: Rule(431, REQUEST, "head_too_large", "The request's address and headers are too large."),
@@ -190,10 +223,11 @@ ANSWERS: dict[type[Exception], Rule] = {
     ledger.ConversationBusy: Rule(
         409,
         CONFLICT,
-        "conversation_busy",
+        "conversation_locked",
         "Another turn of this conversation is in progress.",
         "conversation",
-        refine=_with_lease_end,
+        RETRY_SOON_SECONDS,
+        refine=_with_wait,
     ),
     ledger.LeaseLost: Rule(
         409,
@@ -203,7 +237,11 @@ ANSWERS: dict[type[Exception], Rule] = {
         "conversation",
         RETRY_SOON_SECONDS,
     ),
-    turns.ModelMismatch: Rule(
+    open_turn.VersionUnknown: Rule(
+        404, REQUEST, "version_not_found", "The conversation has no such version.", "version"
+    ),
+    edits.ItemNotFound: Rule(404, REQUEST, "item_not_found", "The conversation has no such item.", "item_id"),
+    open_turn.ModelMismatch: Rule(
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
     engine.InitialStateUnavailable: Rule(
@@ -213,7 +251,7 @@ ANSWERS: dict[type[Exception], Rule] = {
         "This server does not have the initial state that this history began from, or its name has another content.",
         "initial_state",
     ),
-    turns.InitialStateConflict: Rule(
+    open_turn.InitialStateConflict: Rule(
         409,
         CONFLICT,
         "initial_state_conflict",
@@ -221,7 +259,8 @@ ANSWERS: dict[type[Exception], Rule] = {
         "initial_state",
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
-    turns.LogCorrupt: CORRUPT,
+    RateLimitExceeded: Rule(429, LIMIT, "rate_limit_exceeded", None, None, RETRY_SOON_SECONDS, refine=_with_wait),
+    open_turn.LogCorrupt: CORRUPT,
     ledger.LedgerCorrupt: CORRUPT,
     engine.NumericalError: Rule(
         500, SERVER, "numerical_error", "The model produced a value that is not a number; nothing was applied."
@@ -255,7 +294,14 @@ ANSWERS: dict[type[Exception], Rule] = {
         None,
         RETRY_ELSEWHERE_SECONDS,
     ),
-    engine.EngineError: Rule(500, SERVER, "engine_error", "The engine failed on this request; nothing was applied."),
+    engine.EngineError: Rule(
+        500,
+        SERVER,
+        "engine_error",
+        "The engine failed on this request; nothing was applied.",
+        None,
+        RETRY_SOON_SECONDS,
+    ),
     Exception: Rule(500, SERVER, "internal_error", "The server failed to answer; nothing was applied."),
 }
 
@@ -264,8 +310,10 @@ def answer(error: Exception) -> Answer:
     """Return how to tell a client about `error`, by the most specific rule that covers it."""
     rule = next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
     headers = {}
+    if rule.status in RETRIED_STATUSES or rule.status >= 500:
+        headers["x-should-retry"] = "false" if rule.retry_after_seconds is None else "true"
     if rule.retry_after_seconds is not None:
-        headers["retry-after"] = str(rule.retry_after_seconds)
+        headers |= _retry_after(rule.retry_after_seconds)
     if rule.closes_connection:
         headers["connection"] = "close"
     detail = ErrorDetail(rule.message or str(error), rule.type, rule.param, rule.code)

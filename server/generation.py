@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from engine.messages import (
     FinishReason,
@@ -25,21 +27,23 @@ from engine.messages import (
 )
 from engine.token_chain import root_digest
 from engine.tokenizer import Detokenizer
-from server.conversations.turns import OpenTurn, SequenceEvent, TurnReceipt
+from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnContent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
+from server.rate_limits import Budget
 from server.services import Services
+from server.templates import RenderedPrompt
+
+# Events are msgspec structs because one is made for every token: a frozen dataclass takes five times as long.
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """The choice has a slot."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prompted:
+class Prompted(msgspec.Struct, frozen=True):
     """The prompt is consumed. `logprobs` has an entry for every prompt token, `None` for the first, if asked for."""
 
     index: int
@@ -47,8 +51,7 @@ class Prompted:
     logprobs: list[TokenLogprobs | None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(msgspec.Struct, frozen=True):
     """Tokens have come. `text` is what they complete; it may be empty."""
 
     index: int
@@ -57,8 +60,7 @@ class Delivered:
     logprobs: list[TokenLogprobs] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The choice is complete; if it was a turn of a conversation, the turn is applied."""
 
     index: int
@@ -66,6 +68,8 @@ class Finished:
     stop_reason: int | bytes | None
     num_output_tokens: int
     receipt: TurnReceipt | None
+    num_cached_tokens: int = 0  # of the prompt, not computed: a kept state had consumed them
+    num_kept_tokens: int = 0  # of the prompt, computed, and a state that has consumed them is kept
     stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, if asked for
 
 
@@ -81,22 +85,31 @@ class ChoicePlan:
     sampling: SamplingParams
     stop: StopRules
     num_prompt_logprobs: int | None = None
+    priority: int = 0
+    borders: Sequence[int] = ()  # where others may have been before, or may come: see `GenerationRequest.borders`
+    keep_state: bool = False  # of a choice without conversation: its answer may come back as history
     initial_state: InitialStateRef | None = None  # what a choice outside a conversation begins from
 
 
 class Generation:
     """The choices of one request while they are generated.
 
-    Iterate to read their events; `aclose` when done, or the work goes on for nobody.
+    One reader takes their events; `aclose` when done, or the work goes on for nobody.
     """
 
-    def __init__(self, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> None:
+    def __init__(self, drain: Drain, budget: Budget, work: Callable[[Generation], Awaitable[None]]) -> None:
+        """Begin the work, at the cost of `budget`; raises `RateLimitExceeded`."""
+        budget.begin()
         self._drain = drain
-        self._events: asyncio.Queue[ChoiceEvent | None] = asyncio.Queue()  # bounded by max_output_tokens
+        self._budget = budget
+        self._loop = asyncio.get_running_loop()
+        self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
+        self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
         self._is_committing = False
-        self._first: ChoiceEvent | None = None
+        self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
+        self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
         self._drain.add(self)
 
     async def _run(self, work: Callable[[Generation], Awaitable[None]]) -> None:
@@ -108,13 +121,25 @@ class Generation:
             raise self._interruption from None
         finally:
             self._drain.discard(self)
-            self._events.put_nowait(None)
+            self._has_ended = True
+            self._wake_reader()
 
     # -- for the work -------------------------------------------------------------------------------------------------
 
     def emit(self, event: ChoiceEvent) -> None:
-        """Tell the reader."""
-        self._events.put_nowait(event)
+        """Tell the reader, and count what it cost."""
+        if isinstance(event, Prompted):
+            self._budget.spend_tokens(len(event.prompt_ids))
+        elif isinstance(event, Delivered):
+            self._budget.spend_tokens(len(event.token_ids))
+        self._events.append(event)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._arrival is not None:
+            if not self._arrival.done():
+                self._arrival.set_result(None)
+            self._arrival = None
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
@@ -133,19 +158,28 @@ class Generation:
     async def admitted(self, timeout_seconds: float) -> None:
         """Return at the first event, or after `timeout_seconds`; raises what kept the work from beginning."""
         try:
-            self._first = await asyncio.wait_for(self._events.get(), timeout_seconds)
+            await asyncio.wait_for(self._arrived(), timeout_seconds)
         except TimeoutError:
             return
-        if self._first is None:
+        if not self._events:
             await self._task
 
-    async def __aiter__(self) -> AsyncIterator[ChoiceEvent]:
-        """Yield every event; raises what ended the work early."""
-        if self._first is not None:
-            yield self._first
-        while (event := await self._events.get()) is not None:
-            yield event
-        await self._task
+    async def take(self) -> list[ChoiceEvent]:
+        """Return what has come since the last time, waiting for something; nothing when all is said.
+
+        Raises what ended the work early, after the events before it.
+        """
+        if not self._events:
+            await self._arrived()
+            if not self._events:
+                await self._task
+        events, self._events = self._events, []
+        return events
+
+    async def _arrived(self) -> None:
+        if not self._events and not self._has_ended:
+            self._arrival = self._loop.create_future()
+            await self._arrival
 
     async def aclose(self) -> None:
         """End the work if it still runs, and wait for its end."""
@@ -158,48 +192,118 @@ class Generation:
 # -- the work itself --------------------------------------------------------------------------------------------------
 
 
-async def generate_choices(services: Services, generation: Generation, plans: Sequence[ChoicePlan]) -> None:
-    """Generate independent choices, all at once, each from its initial state."""
+async def generate_choices(
+    services: Services, generation: Generation, tenant: str, plans: Sequence[ChoicePlan]
+) -> None:
+    """Generate independent choices, all at once, each from the empty history of `tenant` and its initial state."""
     try:
         async with asyncio.TaskGroup() as group:
             for plan in plans:
-                group.create_task(_generate_choice(services, generation, plan))
+                group.create_task(_generate_choice(services, generation, tenant, plan))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first to fail cancelled the others
 
 
-async def _generate_choice(services: Services, generation: Generation, plan: ChoicePlan) -> None:
+async def _generate_choice(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> None:
+    _, finished = await generate_alone(services, generation, tenant, plan)
+    generation.emit(finished)
+
+
+async def generate_alone(
+    services: Services, generation: Generation, tenant: str, plan: ChoicePlan
+) -> tuple[Delivered, Finished]:
+    """Generate one choice from the empty history; return the whole answer and its end, which is not told yet.
+
+    Only prompts of the same tenant share states: what others have asked shows in no count and no delay.
+    """
+    shares = services.settings.prefix_states
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt_ids=plan.prompt_ids,
         sampling=plan.sampling,
         stop=plan.stop,
-        source=_beginning(plan.initial_state),
+        source=_beginning(tenant, plan.initial_state),
+        keep_state=shares and plan.keep_state,
         num_prompt_logprobs=plan.num_prompt_logprobs,
+        priority=plan.priority,
+        borders=_with_end(plan) if shares else [],
     )
-    last = await _follow(services, generation, plan, services.engine.generate(request))
-    generation.emit(last)
+    choice = _Choice(services, generation, plan)
+    finished = await _follow(choice, services.engine.generate(request))
+    return choice.whole, finished
 
 
-def _beginning(initial_state: InitialStateRef | None) -> StateSource:
-    chain = root_digest(initial_state="" if initial_state is None else initial_state.fingerprint)
+def _beginning(tenant: str, initial_state: InitialStateRef | None) -> StateSource:
+    chain = root_digest(tenant, "" if initial_state is None else initial_state.fingerprint)
     return StateSource(num_tokens=0, chain=chain, initial_state=initial_state)
 
 
-async def generate_turn(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> None:
-    """Generate the next turn of a conversation and commit it."""
-    events = turn.generate(plan.prompt_ids, plan.sampling, plan.stop, plan.num_prompt_logprobs)
-    last = await _follow(services, generation, plan, events)
-    generation.begin_commit()
-    receipt = await turn.commit()
-    generation.emit(replace(last, receipt=receipt))
+def borders_of(prompt: RenderedPrompt, ends: Sequence[int], *, is_stateful: bool) -> Sequence[int]:
+    """Return the borders of a prompt whose pieces have these `ends`, as tokens.
+
+    What a conversation says is its own, deleted with it, but not the system prompt that it begins with.
+    """
+    if not is_stateful:
+        return ends
+    return ends[:1] if prompt.has_preamble else ()
 
 
-async def _follow(
-    services: Services, generation: Generation, plan: ChoicePlan, events: AsyncIterator[SequenceEvent]
-) -> Finished:
-    """Emit what the engine tells of one sequence; return its end, which is not told yet."""
+def _with_end(plan: ChoicePlan) -> list[int]:
+    """Return the plan's borders and the place before the last token, where an equal prompt can be sampled again."""
+    last = len(plan.prompt_ids) - 1
+    return [*(border for border in plan.borders if border < last), *([last] if last else [])]
+
+
+async def generate_untold(
+    services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan
+) -> tuple[Delivered, Finished]:
+    """As `generate_alone`, after a conversation's history, which stays as it is."""
     choice = _Choice(services, generation, plan)
+    events = _turn_events(services, turn, plan, keep_state=False)
+    finished = await _follow(choice, events)
+    return choice.whole, msgspec.structs.replace(finished, receipt=turn.receipt)
+
+
+async def generate_turn(
+    services: Services,
+    generation: Generation,
+    turn: OpenTurn,
+    plan: ChoicePlan,
+    content_of: Callable[[Delivered, Finished], TurnContent],
+    remembered: Callable[[str], Awaitable[tuple[list[int], list[int]]]] | None = None,
+) -> None:
+    """Generate the next turn of a conversation and commit it with what `content_of` makes of the whole answer.
+
+    `remembered`, if given, says of the answer's text what prompt and what answer the conversation is to remember
+    instead, as tokens.
+    """
+    choice = _Choice(services, generation, plan)
+    last = await _follow(choice, _turn_events(services, turn, plan, keep_state=remembered is None))
+    if remembered is not None:
+        await turn.consume_instead(*await remembered(choice.whole.text))
+    finished = msgspec.structs.replace(last, receipt=turn.receipt)
+    content = content_of(choice.whole, finished)
+    generation.begin_commit()
+    await turn.commit(content)
+    generation.emit(finished)
+
+
+def _turn_events(
+    services: Services, turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool
+) -> AsyncIterator[SequenceEvent]:
+    return turn.generate(
+        plan.prompt_ids,
+        plan.sampling,
+        plan.stop,
+        plan.num_prompt_logprobs,
+        priority=plan.priority,
+        keep_state=keep_state,
+        borders=plan.borders if services.settings.prefix_states else (),
+    )
+
+
+async def _follow(choice: _Choice, events: AsyncIterator[SequenceEvent]) -> Finished:
+    """Emit what the engine tells of one sequence; return its end, which is not told yet."""
     async for event in events:
         if isinstance(event, SequenceStarted):
             choice.started(event)
@@ -218,19 +322,22 @@ class _Choice:
         self._detokenizer = Detokenizer(services.tokenizer)
         self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._is_prompted = False
+        self._num_cached_tokens = 0
         self._last: SequenceOutput | None = None
-        self._num_output_tokens = 0
+        self._delivered: list[Delivered] = []
 
     def started(self, event: SequenceStarted) -> None:
         """The choice has a slot."""
         self._clock.started(event)
+        self._num_cached_tokens = event.num_cached_tokens
         self._generation.emit(Started(self._plan.index))
 
     def advanced(self, event: SequenceOutput) -> None:
         """Emit what a step brought."""
         is_last = event.finish_reason is not None
-        self._prompt_logprobs += [entry for entry in event.prompt_logprobs or () if entry is not None]
-        if event.token_ids or is_last:
+        if event.prompt_logprobs:
+            self._prompt_logprobs += [entry for entry in event.prompt_logprobs if entry is not None]
+        if not self._is_prompted and (event.token_ids or is_last):
             self._prompted()
         text = self._detokenizer.push(event.token_ids)
         if is_last:
@@ -238,12 +345,11 @@ class _Choice:
             self._last = event
         if event.token_ids or text:
             self._clock.delivered()
-            self._num_output_tokens += len(event.token_ids)
-            self._generation.emit(Delivered(self._plan.index, text, event.token_ids, event.logprobs))
+            delivered = Delivered(self._plan.index, text, event.token_ids, event.logprobs)
+            self._delivered.append(delivered)
+            self._generation.emit(delivered)
 
     def _prompted(self) -> None:
-        if self._is_prompted:
-            return
         self._is_prompted = True
         asked = self._plan.num_prompt_logprobs is not None
         logprobs = [None, *self._prompt_logprobs] if asked else None
@@ -257,6 +363,25 @@ class _Choice:
         self._clock.finished(last.finish_reason, last.num_sampled_tokens)
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
+        num_output_tokens = sum(len(delivered.token_ids) for delivered in self._delivered)
         return Finished(
-            self._plan.index, last.finish_reason, last.stop_reason, self._num_output_tokens, None, last.stop_logprobs
+            self._plan.index,
+            last.finish_reason,
+            last.stop_reason,
+            num_output_tokens,
+            receipt=None,
+            num_cached_tokens=self._num_cached_tokens,
+            num_kept_tokens=last.num_kept_tokens,
+            stop_logprobs=last.stop_logprobs,
+        )
+
+    @property
+    def whole(self) -> Delivered:
+        """Everything that was delivered, in one piece."""
+        logprobs = [entry for delivered in self._delivered for entry in delivered.logprobs or ()]
+        return Delivered(
+            self._plan.index,
+            "".join(delivered.text for delivered in self._delivered),
+            [token_id for delivered in self._delivered for token_id in delivered.token_ids],
+            logprobs if self._plan.sampling.num_logprobs is not None else None,
         )

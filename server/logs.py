@@ -7,7 +7,7 @@ import logging
 from engine import logs
 
 # These say on `debug` what was sent, and on `info` what our own request line says better.
-CHATTY = ("sse_starlette", "uvicorn.access", "httpx", "asyncio")
+CHATTY = ("uvicorn.access", "httpx", "asyncio")
 
 
 def configure_logging(level: str) -> None:

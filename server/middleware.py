@@ -6,9 +6,9 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
 from typing import Final
 
-from sse_starlette.sse import SendTimeoutError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,11 +17,13 @@ from server.drain import Drain
 from server.errors import Answer, BodyTooLarge, HeadTooLarge, answer, is_our_fault
 from server.metrics import HttpMetrics
 from server.security import OPEN_PATHS
+from server.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
-OVERLOAD_STATUS: Final = 503
+REFUSED_STATUSES: Final = frozenset({429, 503})  # before anything ran: for the tenant's limits, or the server's
+OPENAI_VERSION: Final = "2020-10-01"  # the version of OpenAI's API that clients expect: there has been no other
 MAX_HEAD_BYTES: Final = 32 << 10
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -60,7 +62,7 @@ class RequestScope:
             return
         try:
             await self.app(scope, receive, exchange.send)
-        except (ClientDisconnect, SendTimeoutError):
+        except ClientDisconnect:
             exchange.code = "client_disconnected"
             self._metrics.disconnects.inc()
         except Exception as error:
@@ -75,7 +77,7 @@ class RequestScope:
         told = answer(error)
         exchange.code = told.code
         self._metrics.errors.labels(told.code).inc()
-        if told.status == OVERLOAD_STATUS:
+        if told.status in REFUSED_STATUSES:
             self._metrics.rejections.labels(told.code).inc()
         if exchange.status is not None:
             raise error  # too late to tell: the connection is closed
@@ -128,16 +130,20 @@ class Exchange:
         method: str = self._scope["method"]
         return method if method in METHODS else "other"
 
-    async def send(self, message: Message) -> None:
-        """Pass `message` on; a head gets what every reply has."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass `message` on; a head gets what every reply has. No coroutine of its own: bodies come by the token."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             headers["openai-processing-ms"] = str(round(self.seconds * 1000))
+            headers["openai-version"] = OPENAI_VERSION
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
-        await self._send(message)
+            tenant: Tenant | None = self._scope.get("state", {}).get("tenant")
+            if tenant is not None:
+                headers.update(dict(tenant.budget.headers()))
+        return self._send(message)
 
     async def send_answer(self, told: Answer) -> None:
         """Send an error."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -14,9 +15,15 @@ from engine.tokenizer import Tokenizer
 from server.conversations.turns import Turns
 from server.drain import Drain
 from server.metrics import Metrics
+from server.presence import Presence
 from server.pulse import Pulse
 from server.settings import Settings
-from server.templates import Template
+from server.templates import Piece, Template
+from server.tenants import Tenants
+
+if TYPE_CHECKING:  # they work with services themselves
+    from server.responses.archive import Archive
+    from server.runs import Runs
 
 # Encoding takes about 100 ns a character; longer texts leave the event loop.
 MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
@@ -41,6 +48,7 @@ class Services:
     """The pieces of one running server."""
 
     settings: Settings
+    tenants: Tenants
     engine: AsyncEngine
     turns: Turns
     tokenizer: Tokenizer
@@ -48,6 +56,9 @@ class Services:
     metrics: Metrics
     model: ServedModel
     drain: Drain
+    presence: Presence
+    archive: Archive
+    runs: Runs
     pulse: Pulse
 
     async def encode(self, text: str) -> list[int]:
@@ -55,6 +66,25 @@ class Services:
         if len(text) <= MAX_CHARS_ENCODED_ON_LOOP:
             return self.tokenizer.encode(text)
         return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+        """Return what the function of this name returns; long texts are encoded off the event loop."""
+        if sum(len(piece) for piece in pieces if isinstance(piece, str)) <= MAX_CHARS_ENCODED_ON_LOOP:
+            return encode_pieces(self.tokenizer, pieces)
+        return await asyncio.to_thread(encode_pieces, self.tokenizer, pieces)
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+    """Return the tokens of `pieces`, each encoded by itself, and where all of them but the last end.
+
+    The ends are where a prompt's borders are: they ascend and lie inside the prompt: 0 < end < number of tokens.
+    """
+    token_ids: list[int] = []
+    ends: set[int] = set()
+    for piece in pieces:
+        ends.add(len(token_ids))
+        token_ids += tokenizer.encode(piece) if isinstance(piece, str) else piece
+    return token_ids, sorted(ends - {0, len(token_ids)})
 
 
 def services_of(request: Request) -> Services:

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from engine.config import EngineConfig
+from server.api_keys import ApiKeyError, read_api_keys
 
 ENV_PREFIX = "SOSTENUTO_"
 CONFIG_ENV = ENV_PREFIX + "CONFIG"
@@ -44,7 +45,9 @@ class Settings(BaseSettings):
         None, description="the model's name in the API; default: the file's or directory's name"
     )
     tokenizer: str = Field("auto", description="auto, bytes, world, or the path of a tokenizer.json")
-    template: str = Field("auto", description="chat template; auto chooses by model and tokenizer")
+    template: str = Field(
+        "auto", description="chat template by name, or auto: what the model's sostenuto.json says, else world"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="of the weights; states are always float32"
@@ -62,7 +65,17 @@ class Settings(BaseSettings):
         None, description="clients must send it as a bearer token; better set in the environment or a file"
     )
     api_key_file: Path | None = Field(None, description="file that holds the API key")
+    api_keys_file: Path | None = Field(
+        None, description="TOML file of several API keys, each of a tenant with limits of its own"
+    )
     insecure_no_auth: bool = Field(False, description="allow listening beyond loopback without an API key")
+    openapi: bool = Field(True, description="describe the API at /openapi.json")
+
+    requests_per_minute: PositiveInt | None = Field(None, description="of one tenant; beyond: 429")
+    tokens_per_minute: PositiveInt | None = Field(
+        None, description="prompt and output tokens of one tenant; when they are used up: 429"
+    )
+    max_running: PositiveInt | None = Field(None, description="generations of one tenant at once; beyond: 429")
 
     max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")
     max_num_batched_tokens: PositiveInt = Field(512, description="tokens consumed by one step, decodes included")
@@ -86,6 +99,11 @@ class Settings(BaseSettings):
     conversation_ttl_seconds: PositiveFloat = Field(30 * DAY_SECONDS, description="unused conversations expire")
     checkpoint_ttl_seconds: PositiveFloat = Field(DAY_SECONDS, description="stored states expire; costs time only")
     hot_state_bytes: int = Field(1 << 30, ge=0, description="host memory for states between turns")
+    prefix_states: bool = Field(True, description="begin prompts at states that equal beginnings left")
+    prefix_min_tokens: PositiveInt = Field(16, description="shortest beginning of a prompt whose state is kept")
+    prefix_store_min_tokens: PositiveInt = Field(
+        256, description="shortest beginning of a prompt whose state is shared through the state store"
+    )
 
     initial_states: Path | None = Field(
         None, description="directory of tuned states that conversations may begin from: NAME.safetensors or NAME.pth"
@@ -147,10 +165,13 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if self.api_key is not None and not self.api_key.get_secret_value().strip():
             raise ValueError("api_key: must not be empty")
-        if self.api_key is None and not self.insecure_no_auth and not is_loopback(self.host):
+        if self.api_keys_file is not None:
+            _check_api_keys(self.api_keys_file)
+        has_key = self.api_key is not None or self.api_keys_file is not None
+        if not has_key and not self.insecure_no_auth and not is_loopback(self.host):
             raise ValueError(
                 "host: without an API key the server listens on loopback only; "
-                "set api_key, or insecure_no_auth to serve everybody who can reach this address"
+                "set api_key or api_keys_file, or insecure_no_auth to serve everybody who can reach this address"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -210,6 +231,8 @@ class Settings(BaseSettings):
             state_url=self.resolved_state_url,
             checkpoint_ttl_seconds=self.checkpoint_ttl_seconds,
             hot_state_bytes=self.hot_state_bytes,
+            prefix_min_tokens=self.prefix_min_tokens,
+            prefix_store_min_tokens=self.prefix_store_min_tokens,
             initial_states=None if self.initial_states is None else str(self.initial_states),
         )
 
@@ -257,6 +280,13 @@ def _config_from_environment() -> Path | None:
 def _unknown_environment(known: set[str]) -> list[str]:
     names = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() != CONFIG_ENV)
     return [name for name in names if name[len(ENV_PREFIX) :].lower() not in known]
+
+
+def _check_api_keys(path: Path) -> None:
+    try:
+        read_api_keys(path)
+    except ApiKeyError as error:
+        raise ValueError(f"api_keys_file: {error}") from error
 
 
 def _check_scheme(name: str, url: str, schemes: tuple[str, ...]) -> None:

@@ -1,20 +1,25 @@
-"""Server-sent events: one write an event, an error event where something fails, `[DONE]` only after a whole reply."""
+"""How a request is answered: whole, or as server-sent events while it is generated.
+
+What an answer says is its writer's affair: the framing of its events, its end, and how it tells an error. Here is when
+it is said: what has come meanwhile goes out in one write, a quiet stream is kept alive, a client that left or does not
+read ends the work.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Iterable
-from typing import Protocol, TypeVar
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-from sse_starlette.event import ServerSentEvent
-from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import Answer, answer, is_our_fault
+from server.frames import KEEP_ALIVE
 from server.generation import ChoiceEvent, Generation
 from server.metrics import HttpMetrics
 
@@ -28,34 +33,35 @@ SEND_SECONDS = 30.0
 # What is not admitted by then streams anyway: pings keep the connection open while it waits, errors come as events.
 ADMISSION_SECONDS = 10.0
 
-DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 _encoder = msgspec.json.Encoder()
 
-# The package ends every stream at the first sign of SIGTERM; here `server.drain` lets them finish.
-AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
+class ReplyWriter(Protocol):
+    """Turns a request's events into what its endpoint says: frames of a stream, or one whole reply.
 
-Part = TypeVar("Part")
+    A frame is one server-sent event with everything around it. A request is answered in one of the two ways only.
+    """
 
-
-class ReplyWriter(Protocol[Part]):
-    """Turns a request's events into what its endpoint says: parts of choices, streamed or put together."""
-
-    def parts(self, event: ChoiceEvent) -> Iterable[Part]:
-        """Return what the event adds to its choice."""
+    def opening(self) -> bytes:
+        """Return the frames a stream begins with, before anything has happened."""
         ...
 
-    def chunk(self, part: Part) -> msgspec.Struct:
-        """Return `part` as an event of a stream."""
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return the frames that tell of `event`; nothing if a reader cannot see it."""
         ...
 
-    def closing_chunks(self) -> Iterable[msgspec.Struct]:
-        """Return what a stream says when all choices are complete."""
+    def closing(self) -> bytes:
+        """Return the frames a stream ends with when all choices are complete."""
         ...
 
-    def merge(self, part: Part) -> None:
-        """Add `part` to the whole reply."""
+    def failure(self, told: Answer) -> bytes:
+        """Return the frames a stream ends with when it failed; `told` has an HTTP status that comes too late."""
+        ...
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what `event` brings to the whole reply."""
         ...
 
     def reply(self) -> msgspec.Struct:
@@ -63,8 +69,12 @@ class ReplyWriter(Protocol[Part]):
         ...
 
 
+class SlowReader(ClientDisconnect):
+    """The client has taken nothing for `SEND_SECONDS`."""
+
+
 async def respond(
-    request: Request, generation: Generation, writer: ReplyWriter[Part], metrics: HttpMetrics, *, stream: bool
+    request: Request, generation: Generation, writer: ReplyWriter, metrics: HttpMetrics, *, stream: bool
 ) -> Response:
     """Answer `request` with what `generation` brings; ends it when the client leaves."""
     try:
@@ -78,10 +88,10 @@ async def respond(
     return EventStream(generation, writer, metrics)
 
 
-async def _collect(generation: Generation, writer: ReplyWriter[Part]) -> None:
-    async for event in generation:
-        for part in writer.parts(event):
-            writer.merge(part)
+async def _collect(generation: Generation, writer: ReplyWriter) -> None:
+    while events := await generation.take():
+        for event in events:
+            writer.add(event)
     await generation.aclose()
 
 
@@ -93,61 +103,105 @@ def json_response(body: msgspec.Struct, status: int = 200) -> Response:
 async def unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
     """Return the result of `work`, or cancel it and raise `ClientDisconnect` when the client leaves first."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
+    leaving = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.wait({working, leaving})
+        await _end(working, leaving)
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
-class EventStream(EventSourceResponse):
-    """A reply as it comes: chunks and `[DONE]`, or chunks and an error."""
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
-    def __init__(self, generation: Generation, writer: ReplyWriter[Part], metrics: HttpMetrics) -> None:
-        super().__init__(
-            self._frames(generation, writer),
-            headers={"cache-control": "no-cache"},
-            ping=PING_SECONDS,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
-            send_timeout=SEND_SECONDS,
-            sep="\n",
-        )
-        self._generation = generation
+
+class RecordedStream(StreamingResponse):
+    """Frames of a recorded run; whoever leaves does not end it."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncIterator[bytes], metrics: HttpMetrics) -> None:
+        super().__init__(frames, headers=STREAM_HEADERS)
         self._metrics = metrics
-        self._is_complete = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; whatever ends this, the generation ends with it."""
+        """Send what there is, and what comes."""
         self._metrics.streams.inc()
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._metrics.streams.dec()
-            await self._generation.aclose()
-        if not self._is_complete:
-            raise ClientDisconnect
 
-    async def _frames(self, generation: Generation, writer: ReplyWriter[Part]) -> AsyncGenerator[bytes]:
+
+class EventStream(Response):
+    """A reply as it comes.
+
+    Written to the ASGI interface itself: a task group, a lock and a timeout scope for every event cost more than the
+    event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, writer: ReplyWriter, metrics: HttpMetrics) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers(STREAM_HEADERS)
+        self._generation = generation
+        self._writer = writer
+        self._metrics = metrics
+        self._is_over = False  # what comes next is the end
+        self._sent_at = time.monotonic()  # when the latest write began
+        self._is_sending = True  # the head, to begin with
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; whatever ends this, the generation ends with it.
+
+        Raises `ClientDisconnect` where the client did not get them all.
+        """
+        self._metrics.streams.inc()
+        writing = asyncio.create_task(self._write(send))
+        watching = asyncio.create_task(self._watch(send))
+        leaving = asyncio.create_task(_disconnected(receive))
         try:
-            async for event in generation:
-                for part in writer.parts(event):
-                    yield _frame(writer.chunk(part))
-            for chunk in writer.closing_chunks():
-                yield _frame(chunk)
-            yield DONE
+            ended, _ = await asyncio.wait({writing, watching, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+            if writing not in ended:
+                raise ClientDisconnect
+        finally:
+            await _end(writing, watching, leaving)
+            self._metrics.streams.dec()
+            await self._generation.aclose()
+
+    async def _write(self, send: Send) -> None:
+        await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        data = self._writer.opening()
+        while not self._is_over:
+            if data:
+                await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+            data = await self._next()
+        await self._send(send, {"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _next(self) -> bytes:
+        """Return the frames of everything that has come meanwhile, or of the end."""
+        try:
+            if events := await self._generation.take():
+                frames = self._writer.frames
+                return frames(events[0]) if len(events) == 1 else b"".join(map(frames, events))
+            self._is_over = True
+            return self._writer.closing()
         except Exception as error:
-            yield _frame(self._told(error).body)
-        self._is_complete = True
+            self._is_over = True
+            return self._writer.failure(self._told(error))
 
     def _told(self, error: Exception) -> Answer:
         told = answer(error)
@@ -156,6 +210,32 @@ class EventStream(EventSourceResponse):
             logger.exception("stream failed")
         return told
 
+    async def _send(self, send: Send, message: Message) -> None:
+        self._sent_at = time.monotonic()
+        self._is_sending = True
+        await send(message)
+        self._is_sending = False
 
-def _frame(chunk: msgspec.Struct) -> bytes:
-    return b"data: %b\n\n" % _encoder.encode(chunk)
+    async def _watch(self, send: Send) -> None:
+        """Say that a quiet stream lives; raises `SlowReader` when a write takes too long.
+
+        One sleeper a stream instead of a timer a write; it wakes in time, because pings are due sooner than writes.
+        """
+        while True:
+            patience = SEND_SECONDS if self._is_sending else PING_SECONDS
+            remaining = self._sent_at + patience - time.monotonic()
+            if remaining > 0:
+                await asyncio.sleep(remaining)
+            elif self._is_sending:
+                raise SlowReader
+            else:
+                await self._ping(send)
+
+    async def _ping(self, send: Send) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+        except TimeoutError:
+            raise SlowReader from None
+        if not self._is_sending:
+            self._sent_at = time.monotonic()

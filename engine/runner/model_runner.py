@@ -6,19 +6,22 @@ Knows a model, a pool and a sampler; not why a chunk is asked for. Everything he
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 import kernels
 from engine.config import EngineConfig
+from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
+from engine.runner.grammars import Allowed
 from engine.runner.input_batch import InputBatch, targets_of
 from engine.runner.logprobs import report_logprobs
 from engine.runner.penalties import PenaltyCounters
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
-from engine.runner.sampler import restrict, sample
+from engine.runner.sampler import restrict, sample, truncate
 from engine.state.pool import StatePool
 from engine.state.spec import RecurrentState
 from engine.weights.open import find_weights_file
@@ -31,6 +34,16 @@ LOGITS_TILE_BYTES = 16 << 20
 SMALL_FILE_BYTES = 32 << 20
 
 _BROKEN = "the row became NaN or infinite"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A chunk and what was found out about it before the model runs."""
+
+    chunk: Chunk  # what is run of it; it samples only what may be sampled
+    answer: ChunkOutput | None = None  # why it is not run
+    allowed: Allowed | None = None  # by its grammar
+    is_complete: bool = False  # its grammar allows nothing but the end
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,10 +99,15 @@ class TorchModelRunner:
         self._penalties.reset(slot)
 
     @torch.inference_mode()
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """As `start`, from `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """As `start`, from `state`; penalties count `consumed_ids` as if the request had consumed them itself."""
         self.pool.load(slot, state)
         self._penalties.reset(slot)
+        self._penalties.consume(slot, consumed_ids)
+
+    def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Let the slot's penalties begin as if `token_ids` had just been generated there."""
+        self._penalties.count(slot, token_ids, params)
 
     def copy(self, source: int, target: int) -> None:
         """Make `target`'s state equal to `source`'s; penalty counters stay with their slots."""
@@ -103,10 +121,10 @@ class TorchModelRunner:
     def step(self, plan: StepPlan) -> StepOutput:
         """Consume every chunk, advance its slot in place, sample where asked."""
         self._check_slots(plan)
-        problems = [self._problem(chunk) for chunk in plan.chunks]
-        sound = [chunk for chunk, problem in zip(plan.chunks, problems, strict=True) if problem is None]
+        rows = [self._row(chunk) for chunk in plan.chunks]
+        sound = [row for row in rows if row.answer is None]
         outputs = iter(self._run(sound) if sound else [])
-        return StepOutput([next(outputs) if p is None else ChunkOutput(failed=p) for p in problems])
+        return StepOutput([row.answer or next(outputs) for row in rows])
 
     def _check_slots(self, plan: StepPlan) -> None:
         slots = [chunk.slot for chunk in plan.chunks]
@@ -115,28 +133,42 @@ class TorchModelRunner:
         if not all(chunk.token_ids for chunk in plan.chunks):
             raise ValueError("a chunk without tokens has no last row")
 
+    def _row(self, chunk: Chunk) -> _Row:
+        """Ask the chunk's grammar what it may sample, and whether it can be run at all."""
+        if (problem := self._problem(chunk)) is not None:
+            return _Row(chunk, ChunkOutput(failed=problem))
+        if chunk.matcher is None or chunk.sampling is None:
+            return _Row(chunk)
+        try:
+            allowed = chunk.matcher.allowed(chunk.stop_token_ids, may_stop=chunk.may_stop)
+        except InvalidRequest as error:
+            return _Row(chunk, ChunkOutput(grammar_error=str(error)))
+        if allowed is None:
+            return _Row(replace(chunk, sampling=None), is_complete=True)
+        return _Row(chunk, allowed=allowed)
+
     def _problem(self, chunk: Chunk) -> str | None:
         """Say why the chunk cannot be run, if it cannot."""
-        ids = [*chunk.token_ids, *(target for _, target in targets_of(chunk))]
+        ids = [*chunk.token_ids, *(target for _, target in targets_of(chunk)), *chunk.stop_token_ids]
         ids += chunk.sampling.logit_bias if chunk.sampling else ()
         bad = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         return None if bad is None else f"token id {bad} is not in [0, {self.vocab_size})"
 
-    def _run(self, chunks: Sequence[Chunk]) -> list[ChunkOutput]:
+    def _run(self, rows: Sequence[_Row]) -> list[ChunkOutput]:
+        chunks = [row.chunk for row in rows]
         batch = InputBatch.from_chunks(chunks, self.model.device)
         hidden = self.model.forward(batch, self.pool)
         for chunk in chunks:
             self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
         last, of_targets = hidden[: len(chunks)], hidden[len(chunks) :]
         prompt_logprobs = self._prompt_logprobs(of_targets, chunks)
-        sampled = self._sample(last, chunks)
+        sampled = self._sample(last, chunks, [row.allowed for row in rows])
         is_sound = self._is_sound(last, chunks, sampled)
         outputs = []
-        for i in range(len(chunks)):
+        for i, row in enumerate(rows):
             token_id, logprobs = sampled.get(i, (None, None))
-            outputs.append(
-                ChunkOutput(token_id, logprobs, prompt_logprobs[i]) if is_sound[i] else ChunkOutput(failed=_BROKEN)
-            )
+            output = ChunkOutput(token_id, logprobs, prompt_logprobs[i], is_complete=row.is_complete)
+            outputs.append(_followed(row.chunk, output) if is_sound[i] else ChunkOutput(failed=_BROKEN))
         return outputs
 
     def _is_sound(self, last: torch.Tensor, chunks: Sequence[Chunk], sampled: Collection[int]) -> list[bool]:
@@ -153,7 +185,9 @@ class TorchModelRunner:
             for i, (c, finite) in enumerate(zip(chunks, is_finite, strict=True))
         ]
 
-    def _sample(self, last: torch.Tensor, chunks: Sequence[Chunk]) -> dict[int, tuple[int, TokenLogprobs | None]]:
+    def _sample(
+        self, last: torch.Tensor, chunks: Sequence[Chunk], allowed: Sequence[Allowed | None]
+    ) -> dict[int, tuple[int, TokenLogprobs | None]]:
         """Return (token id, log-probabilities) of the chunks that asked and whose logits are a distribution."""
         asked = [i for i, chunk in enumerate(chunks) if chunk.sampling]
         if not asked:
@@ -162,8 +196,10 @@ class TorchModelRunner:
         slots = [chunks[i].slot for i in asked]
         params = [sampling for chunk in chunks if (sampling := chunk.sampling)]
         raw = logits.clone() if any(p.num_logprobs is not None for p in params) else logits
-        restrict(logits, params, self._forbidden_ids)
+        barred = [() if chunks[i].may_stop else chunks[i].stop_token_ids for i in asked]
+        restrict(logits, params, self._forbidden_ids, barred, [allowed[i] for i in asked])
         self._penalties.apply(logits, slots, params)
+        truncate(logits, params)
         token_ids = sample(logits, params, [chunks[i].position for i in asked])
         if min(token_ids) < 0:
             drawn = [n for n, token_id in enumerate(token_ids) if token_id >= 0]
@@ -205,3 +241,15 @@ class TorchModelRunner:
             target_ids, nums_top = zip(*asked[begin : begin + tile], strict=True)
             logits = self.model.logits(hidden[begin : begin + tile])
             yield from report_logprobs(logits, target_ids, nums_top, self._forbidden_ids)
+
+
+def _followed(chunk: Chunk, output: ChunkOutput) -> ChunkOutput:
+    """Tell the chunk's grammar what was sampled, unless that ends the text; returns what that makes of the output."""
+    token_id = output.token_id
+    if chunk.matcher is None or token_id is None or (chunk.may_stop and token_id in chunk.stop_token_ids):
+        return output
+    try:
+        chunk.matcher.advance(token_id)
+    except InvalidRequest as error:
+        return ChunkOutput(grammar_error=str(error))
+    return replace(output, is_complete=chunk.matcher.is_complete)

@@ -2,7 +2,9 @@
 
 The repetition penalty looks at every token of the request, prompt included, once or more. Presence and frequency look
 at generated tokens, with RWKV's decay: each generated token multiplies all counts by `penalty_decay`, then adds one to
-its own. Only tokens that came are held, in host memory: a request has few of them, a vocabulary has many.
+its own. Tokens generated earlier in a conversation can be counted before a request begins; then both penalties are the
+same function of the conversation, wherever it was interrupted. Only tokens that came are held, in host memory: a
+request has few of them, a vocabulary has many.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ class PenaltyCounters:
     def reset(self, slot: int) -> None:
         """Forget everything about the slot."""
         self._consumed[slot], self._generated[slot] = _Consumed(), _Generated()
+
+    def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Begin a slot that was just `reset` as if its request had generated `token_ids`."""
+        self._consumed[slot].tokens.extend(token_ids)
+        if _counts_tokens(params):
+            self._generated[slot] = _Generated.after(token_ids, params.penalty_decay)
 
     def consume(self, slot: int, token_ids: Sequence[int]) -> None:
         """Note that the slot's request consumed tokens of its own: prompt, or generated ones fed back."""
@@ -98,6 +106,16 @@ class _Generated:
     ids: Ids = field(default_factory=lambda: np.empty(0, np.int64))
     counts: Counts = field(default_factory=lambda: np.empty(0, np.float32))
     _index: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, token_ids: Sequence[int], decay: float) -> _Generated:
+        """Return what `add` makes of all of `token_ids`, bit for bit, without growing token by token."""
+        index = {token_id: place for place, token_id in enumerate(dict.fromkeys(token_ids))}
+        counts = np.zeros(len(index), np.float32)
+        for token_id in token_ids:
+            counts *= np.float32(decay)
+            counts[index[token_id]] += 1
+        return cls(np.array(list(index), np.int64), counts, index)
 
     def add(self, token_id: int, decay: float) -> None:
         """Count one more token."""

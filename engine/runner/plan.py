@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.messages import SamplingParams, TokenLogprobs
+from engine.runner.grammars import GrammarMatcher
 from engine.state.spec import RecurrentState, StateSpec
 
 
@@ -21,6 +22,9 @@ class Chunk:
     num_prompt_logprobs: int | None = None  # report log-probabilities of `target_ids`
     target_ids: Sequence[int | None] | None = None  # what follows each of `token_ids`; None: skip
     num_replayed: int = 0  # so many of `token_ids` are history from before the request: penalties don't see them
+    stop_token_ids: Sequence[int] = ()  # these would end the sequence
+    may_stop: bool = True  # else they are not sampled
+    matcher: GrammarMatcher | None = None  # says what may be sampled, and is told what was
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class ChunkOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # one per target
     failed: str | None = None  # the row became NaN or infinite; its state must not be used again
+    is_complete: bool = False  # the grammar allows nothing after `token_id`, or nothing at all where there is none
+    grammar_error: str | None = None  # the grammar cannot be followed any further
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,12 @@ class ModelRunner(Protocol):
         """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
         ...
 
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """As `start`, from `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """As `start`, from `state`; penalties count `consumed_ids` as if the request had consumed them itself."""
+        ...
+
+    def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Let the slot's penalties begin as if `token_ids` had just been generated there."""
         ...
 
     def copy(self, source: int, target: int) -> None:

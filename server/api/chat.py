@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
+    answering,
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
+    grammar_named,
     initial_state_of,
     limited,
     with_choice,
 )
-from server.conversations.ledger import Conversation
-from server.conversations.turns import ModelMismatch
+from server.conversations.ledger import Conversation, Item
+from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
+from server.errors import Answer
+from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -30,10 +35,13 @@ from server.generation import (
     Generation,
     Prompted,
     Started,
+    borders_of,
     generate_choices,
     generate_turn,
 )
+from server.items import AnswerIds, answered, called, new_id, parts_of, returned, said
 from server.parsing import json_body
+from server.schemas import chat as schemas
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -43,17 +51,39 @@ from server.schemas.chat import (
     ChatRequest,
     ChoiceLogprobs,
     Delta,
+    FunctionDelta,
     TokenLogprob,
+    ToolCallDelta,
     TopLogprob,
 )
-from server.services import Services, ServicesOf
+from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
-from server.templates import BUILTIN, AnswerReader, AnswerText, Message, RenderedPrompt, Template, render
+from server.templates import (
+    BUILTIN,
+    AnswerReader,
+    AnswerText,
+    Message,
+    RenderedPrompt,
+    Template,
+    ToolCall,
+    read_answer,
+    render,
+    tools_text,
+)
+from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 
-@router.post("/v1/chat/completions")
+@router.operation(
+    "POST",
+    "/v1/chat/completions",
+    body=ChatRequest,
+    reply=ChatCompletion,
+    chunk=ChatChunk,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf
 ) -> Response:
@@ -61,27 +91,35 @@ async def create_chat_completion(
     check_model(body.model, services)
     version = expected_version(request, body)
     planner = Planner(services, body)
-    writer = ChatWriter(services, body)
+    writer = ChatWriter(services.model, services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body, services)
+        with grammar_named(body):
+            await generate(generation)
+
+    async def generate(generation: Generation) -> None:
+        selector = conversation_of(body, services, tenant_of(request))
         if selector is None:
-            prompt = planner.render(services.template, first=True)
+            prompt = planner.render(services.template)
             writer.expect(prompt)
-            await generate_choices(services, generation, await planner.plans(prompt))
+            await generate_choices(services, generation, tenant_of(request), await planner.plans(prompt))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            head = turn.conversation
-            prompt = planner.render(template_of(head), first=head.version == 0)
+            template = template_of(turn.conversation, services)
+            base = await turn.base(planner.preamble(template))
+            prompt = planner.render(template, base)
             writer.expect(prompt)
-            await generate_turn(services, generation, turn, (await planner.plans(prompt))[0])
+            plan = (await planner.plans(prompt))[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt, writer.call_ids[0]))
 
-    generation = Generation(services.drain, work)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
-def template_of(head: Conversation) -> Template:
+def template_of(head: Conversation, services: Services) -> Template:
     """Return the template in which the conversation's borders are written."""
+    if head.template == services.template.name:
+        return services.template
     try:
         return BUILTIN[head.template]
     except KeyError:
@@ -104,42 +142,143 @@ class Planner:
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
         self._initial_state = initial_state_of(body.initial_state, services)
 
-    def render(self, template: Template, *, first: bool) -> RenderedPrompt:
-        """Return the messages as the model was trained on them; raises `TemplateError`."""
-        messages = [Message(message.role, message.text) for message in self._body.messages]
-        return render(messages, template, first=first, reasoning_effort=self._body.reasoning_effort)
+    def preamble(self, template: Template) -> str:
+        """Return the system text that a history with these tools begins with; raises `TemplateError`."""
+        toolbox = self._body.toolbox
+        return "" if toolbox is None else tools_text(toolbox, template)
+
+    def render(self, template: Template, base: Base | None = None) -> RenderedPrompt:
+        """Return the messages, after what `base` has still to say, as the model was trained on them.
+
+        Raises `TemplateError`.
+        """
+        toolbox = self._body.toolbox
+        before = [] if base is None else parts_of(base.items, base.answers)
+        first = base is None or base.num_tokens == 0
+        return render(
+            [*before, *map(_message, self._body.messages)],
+            template,
+            first=first,
+            reasoning_effort=self._body.reasoning_effort,
+            preamble=self.preamble(template) if first else "",
+            must_call=toolbox is not None and toolbox.must_call,
+            num_known=len(before),
+        )
+
+    def content_of(
+        self, turn: OpenTurn, prompt: RenderedPrompt, call_id: str
+    ) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of the whole answer to `prompt`."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            answer = read_answer(whole.text, prompt.opening, self._body.toolbox)
+            is_complete = finished.reason is not FinishReason.LENGTH
+            inputs = [item for message in self._body.messages for item in _items(message)]
+            return TurnContent(
+                items=[*inputs, *answered(answer, turn.answer_id, AnswerIds(call=call_id), is_complete=is_complete)],
+                opening=prompt.opening.text,
+                hint=prompt.opening.hint,
+            )
+
+        return content
 
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
         tokenizer = self._services.tokenizer
-        prompt_ids = await self._services.encode(prompt.text)
+        prompt_ids, ends = await self._services.encode_pieces(prompt.pieces)
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
+        sampling = answering(self._sampling, prompt.opening, self._body.toolbox)
         return [
-            ChoicePlan(index, prompt_ids, with_choice(self._sampling, index), stop, initial_state=self._initial_state)
+            ChoicePlan(
+                index,
+                prompt_ids,
+                with_choice(sampling, index),
+                stop,
+                priority=self._body.priority,
+                borders=borders_of(prompt, ends, is_stateful=self._body.is_stateful),
+                keep_state=True,
+                initial_state=self._initial_state,
+            )
             for index in range(self._body.n)
         ]
+
+
+def _items(message: schemas.Message) -> list[Item]:
+    """Return what a message says, as items."""
+    if message.tool_call_id is not None:
+        return [returned(message.tool_call_id, message.text)]
+    calls = [called(call.id, call.function.name, call.function.arguments) for call in message.tool_calls]
+    return calls if calls and not message.text else [said(message.role, message.text), *calls]
+
+
+def _message(message: schemas.Message) -> Message:
+    calls = [ToolCall(call.function.name, call.function.arguments) for call in message.tool_calls]
+    return Message(message.role, message.text, calls[0] if calls else None)
 
 
 class ChatWriter:
     """What a chat completion says."""
 
-    def __init__(self, services: Services, body: ChatRequest) -> None:
-        self._tokenizer = services.tokenizer
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: ChatRequest) -> None:
+        self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("chatcmpl", services.model)
+        self._identity = Identity("chatcmpl", model)
         self._meter = Meter(body.n)
+        self.call_ids = [new_id("call") for _ in range(body.n)]
         self._readers: list[AnswerReader] = []
         self._prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._choices = [ChatChoice(index=index, message=AssistantMessage()) for index in range(body.n)]
+        self._says_only_text = not (body.return_token_ids or body.logprobs)
+        self._said = [self._template(index, lambda text: Delta(content=text)) for index in range(body.n)]
+        self._thought = [self._template(index, lambda text: Delta(reasoning_content=text)) for index in range(body.n)]
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
-        self._readers = [AnswerReader(prompt.opening) for _ in range(self._body.n)]
+        self._readers = [AnswerReader(prompt.opening, self._body.toolbox) for _ in range(self._body.n)]
 
-    def parts(self, event: ChoiceEvent) -> Iterator[ChatChunkChoice]:
-        """Return what the event adds to its choice, if a reader can see it."""
+    def opening(self) -> bytes:
+        """Return nothing: a choice begins when it has a slot."""
+        return b""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return a chunk for all that the event adds to its choice."""
+        if isinstance(event, Delivered) and self._says_only_text:
+            return self._text_frames(event.index, self._readers[event.index].push(event.text))
+        return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
+
+    def _text_frames(self, index: int, text: AnswerText) -> bytes:
+        is_call = text.call_name is not None or text.call_arguments
+        if is_call or (text.content and text.reasoning):
+            return frame(self._chunk_of(ChatChunkChoice(index=index, delta=self._delta(index, text))))
+        if text.content:
+            return self._said[index].fill(text.content)
+        return self._thought[index].fill(text.reasoning) if text.reasoning else b""
+
+    def _template(self, index: int, delta: Callable[[str], Delta]) -> FrameTemplate:
+        return FrameTemplate(lambda text: frame(self._chunk_of(ChatChunkChoice(index=index, delta=delta(text)))))
+
+    def closing(self) -> bytes:
+        """Return the usage, if asked for, and the end."""
+        if not self._body.stream_options.include_usage:
+            return DONE
+        chunk = self._chunk([])
+        chunk.usage = self._meter.usage
+        chunk.conversation = self._meter.conversation
+        return frame(chunk) + DONE
+
+    def failure(self, told: Answer) -> bytes:
+        """Return the error, in place of the end."""
+        return frame(told.body)
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what the event brings to its choice."""
+        for part in self._parts(event):
+            self._merge(part)
+
+    def _parts(self, event: ChoiceEvent) -> Iterator[ChatChunkChoice]:
+        """Yield what the event adds to its choice, if a reader can see it."""
         self._meter.see(event)
         if isinstance(event, Started):
             yield ChatChunkChoice(index=event.index, delta=Delta(role="assistant", content=""))
@@ -151,24 +290,26 @@ class ChatWriter:
             yield from self._finished(event)
 
     def _delivered(self, event: Delivered) -> Iterator[ChatChunkChoice]:
-        part = ChatChunkChoice(index=event.index, delta=_delta(self._readers[event.index].push(event.text)))
+        part = ChatChunkChoice(
+            index=event.index, delta=self._delta(event.index, self._readers[event.index].push(event.text))
+        )
         if self._body.return_token_ids:
             part.token_ids = event.token_ids
         if event.logprobs is not None:
             part.logprobs = _logprobs(self._tokenizer, event.token_ids, event.logprobs)
-        if part.delta != NOTHING or self._body.return_token_ids or self._body.logprobs:
+        if part.delta != NOTHING or not self._says_only_text:
             yield part
 
     def _finished(self, event: Finished) -> Iterator[ChatChunkChoice]:
-        rest = _delta(self._readers[event.index].flush())
+        reader = self._readers[event.index]
+        rest = self._delta(event.index, reader.flush())
         if rest != NOTHING:
             yield ChatChunkChoice(index=event.index, delta=rest)
-        yield ChatChunkChoice(
-            index=event.index, delta=NOTHING, finish_reason=finish_reason(event), stop_reason=stop_reason(event)
-        )
+        reason = "tool_calls" if reader.has_called else finish_reason(event)
+        yield ChatChunkChoice(index=event.index, delta=NOTHING, finish_reason=reason, stop_reason=stop_reason(event))
 
-    def chunk(self, part: ChatChunkChoice) -> ChatChunk:
-        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+    def _chunk_of(self, part: ChatChunkChoice) -> ChatChunk:
+        """Return `part` as a chunk; the choice's last one says where its conversation stands."""
         chunk = self._chunk([part])
         if part.finish_reason is not None:
             chunk.conversation = self._meter.conversation
@@ -177,16 +318,16 @@ class ChatWriter:
             chunk.usage = None
         return chunk
 
-    def closing_chunks(self) -> Iterator[ChatChunk]:
-        """Return the usage, if asked for."""
-        if self._body.stream_options.include_usage:
-            chunk = self._chunk([])
-            chunk.usage = self._meter.usage
-            chunk.conversation = self._meter.conversation
-            yield chunk
+    def _delta(self, index: int, text: AnswerText) -> Delta:
+        calls: list[ToolCallDelta] | None = None
+        if text.call_name is not None:
+            function = FunctionDelta(name=text.call_name, arguments=text.call_arguments)
+            calls = [ToolCallDelta(index=0, id=self.call_ids[index], type="function", function=function)]
+        elif text.call_arguments:
+            calls = [ToolCallDelta(index=0, function=FunctionDelta(arguments=text.call_arguments))]
+        return Delta(content=text.content or None, reasoning_content=text.reasoning or None, tool_calls=calls)
 
-    def merge(self, part: ChatChunkChoice) -> None:
-        """Add `part` to its choice."""
+    def _merge(self, part: ChatChunkChoice) -> None:
         choice = self._choices[part.index]
         choice.message.add(part.delta)
         choice.finish_reason = part.finish_reason or choice.finish_reason
@@ -222,10 +363,6 @@ class ChatWriter:
 
 
 NOTHING = Delta()
-
-
-def _delta(text: AnswerText) -> Delta:
-    return Delta(content=text.content or None, reasoning_content=text.reasoning or None)
 
 
 def _logprobs(tokenizer: Tokenizer, token_ids: list[int], entries: list[TokenLogprobs]) -> ChoiceLogprobs:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
-from engine.messages import TokenLogprobs
+from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
+    grammar_named,
     initial_state_of,
     limited,
     with_choice,
 )
-from server.errors import BadRequest
+from server.conversations.open_turn import OpenTurn, TurnContent
+from server.errors import Answer, BadRequest
+from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
     ChoiceEvent,
     ChoicePlan,
@@ -31,17 +36,28 @@ from server.generation import (
     generate_choices,
     generate_turn,
 )
+from server.items import AnswerIds, answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from server.services import Services, ServicesOf
+from server.services import ServedModel, Services, ServicesOf
 from server.streaming import respond
+from server.templates import AnswerText
+from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.operation(
+    "POST",
+    "/v1/completions",
+    body=CompletionRequest,
+    reply=Completion,
+    chunk=Completion,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
 ) -> Response:
@@ -52,16 +68,23 @@ async def create_completion(
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
 
     async def work(generation: Generation) -> None:
-        selector = conversation_of(body, services)
+        with grammar_named(body):
+            await generate(generation)
+
+    async def generate(generation: Generation) -> None:
+        selector = conversation_of(body, services, tenant_of(request))
         if selector is None:
-            await generate_choices(services, generation, planner.plans(prompts))
+            await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
-            plans = planner.plans(prompts, continues=turn.conversation.version > 0)
-            await generate_turn(services, generation, turn, plans[0])
+            base = await turn.base()
+            if base.items:
+                raise BadRequest("conversation: has items that only a chat turn can say first.", "conversation")
+            plan = planner.plans(prompts, continues=base.num_tokens > 0)[0]
+            await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
 
-    writer = CompletionWriter(services, body)
-    generation = Generation(services.drain, work)
+    writer = CompletionWriter(services.model, services.tokenizer, body)
+    generation = Generation(services.drain, budget_of(request), work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
@@ -73,6 +96,8 @@ class Planner:
         self._tokenizer = tokenizer = services.tokenizer
         self._body = body
         num_logprobs = check_num_logprobs("logprobs", body.logprobs, services)
+        if body.num_candidates > body.n and num_logprobs is None:
+            num_logprobs = 0  # of each token alone: what the best are chosen by
         max_tokens = limited("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, services.settings.max_output_tokens)
         self._sampling = body.sampling(tokenizer.vocab_size, num_logprobs)
         self._stop = body.stop_rules(max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids)
@@ -88,19 +113,31 @@ class Planner:
         return prompt
 
     def plans(self, prompts: Sequence[list[int]], *, continues: bool = False) -> list[ChoicePlan]:
-        """Return `n` choices of every prompt, in order."""
+        """Return the candidates of every prompt, in order."""
         return [
             ChoicePlan(
-                index=prompt_idx * self._body.n + choice_idx,
+                index=prompt_idx * self._body.num_candidates + choice_idx,
                 prompt_ids=self._begun(prompt_ids, continues),
                 sampling=with_choice(self._sampling, choice_idx),
                 stop=self._stop,
-                num_prompt_logprobs=self._sampling.num_logprobs if self._body.echo else None,
+                num_prompt_logprobs=self._body.logprobs if self._body.echo else None,
+                priority=self._body.priority,
                 initial_state=self._initial_state,
             )
             for prompt_idx, prompt_ids in enumerate(prompts)
-            for choice_idx in range(self._body.n)
+            for choice_idx in range(self._body.num_candidates)
         ]
+
+    def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Delivered, Finished], TurnContent]:
+        """Return what makes a turn's content of what came after the prompt: text without a template."""
+
+        def content(whole: Delivered, finished: Finished) -> TurnContent:
+            prompt = said("unknown", self._tokenizer.decode(plan.prompt_ids))
+            is_complete = finished.reason is not FinishReason.LENGTH
+            answer = answered(AnswerText(content=whole.text), turn.answer_id, AnswerIds(), is_complete=is_complete)
+            return TurnContent(items=[prompt, *answer])
+
+        return content
 
     def _begun(self, prompt_ids: list[int], continues: bool) -> list[int]:
         """Return what to feed: a model needs one token to say what comes next, and end of text begins a new one."""
@@ -116,27 +153,57 @@ class Planner:
 class CompletionWriter:
     """What a completion says."""
 
-    def __init__(self, services: Services, body: CompletionRequest) -> None:
-        num_choices = len(body.prompts) * body.n
-        self._tokenizer = services.tokenizer
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: CompletionRequest) -> None:
+        num_choices = len(body.prompts) * body.num_candidates
+        self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("cmpl", services.model)
-        self._meter = Meter(body.n)
+        self._identity = Identity("cmpl", model)
+        self._meter = Meter(body.num_candidates)
         self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
-        self._logprobs = [LogprobsWriter(services.tokenizer) for _ in range(num_choices)]
+        self._logprobs = [LogprobsWriter(tokenizer) for _ in range(num_choices)]
+        self._templates = [self._template(index) for index in range(num_choices)]
+        self._scores = [_Score() for _ in range(num_choices)]
 
-    def parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
-        """Return what the event adds to its choice, if a reader can see it."""
+    def opening(self) -> bytes:
+        """Return nothing: a completion begins with its first text."""
+        return b""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Return a chunk for all that the event adds to its choice."""
+        if isinstance(event, Delivered) and event.logprobs is None and not self._body.return_token_ids:
+            return self._templates[event.index].fill(event.text) if event.text else b""
+        return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
+
+    def _template(self, index: int) -> FrameTemplate:
+        return FrameTemplate(lambda text: frame(self._chunk_of(CompletionChoice(index=index, text=text))))
+
+    def closing(self) -> bytes:
+        """Return the usage, if asked for, and the end."""
+        return frame(self._whole([])) + DONE if self._body.stream_options.include_usage else DONE
+
+    def failure(self, told: Answer) -> bytes:
+        """Return the error, in place of the end."""
+        return frame(told.body)
+
+    def add(self, event: ChoiceEvent) -> None:
+        """Add what the event brings to its choice."""
+        for part in self._parts(event):
+            self._merge(part)
+
+    def _parts(self, event: ChoiceEvent) -> Iterator[CompletionChoice]:
+        """Yield what the event adds to its choice, if a reader can see it."""
         self._meter.see(event)
         if isinstance(event, Prompted) and (self._body.echo or self._body.return_token_ids):
             yield self._prompted(event)
-        elif isinstance(event, Delivered) and (event.text or event.logprobs or self._body.return_token_ids):
-            yield self._delivered(event)
+        elif isinstance(event, Delivered):
+            self._scores[event.index].see(event)
+            if event.text or event.logprobs or self._body.return_token_ids:
+                yield self._delivered(event)
         elif isinstance(event, Finished):
             yield self._finished(event)
 
     def _prompted(self, event: Prompted) -> CompletionChoice:
-        prompt = self._body.prompts[event.index // self._body.n]
+        prompt = self._body.prompts[event.index // self._body.num_candidates]
         part = CompletionChoice(index=event.index, text="")
         if self._body.return_token_ids:
             part.prompt_token_ids = event.prompt_ids
@@ -150,7 +217,7 @@ class CompletionWriter:
         part = CompletionChoice(index=event.index, text=event.text)
         if self._body.return_token_ids:
             part.token_ids = event.token_ids
-        if event.logprobs is not None:
+        if event.logprobs is not None and self._body.logprobs is not None:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
         return part
 
@@ -164,8 +231,8 @@ class CompletionWriter:
             part.logprobs = self._logprobs[event.index].write([event.stop_reason], [event.stop_logprobs])
         return part
 
-    def chunk(self, part: CompletionChoice) -> Completion:
-        """Return `part` as an event of a stream; the choice's last one says where its conversation stands."""
+    def _chunk_of(self, part: CompletionChoice) -> Completion:
+        """Return `part` as a chunk; the choice's last one says where its conversation stands."""
         chunk = self._completion([part])
         if part.finish_reason is not None:
             chunk.conversation = self._meter.conversation
@@ -173,13 +240,7 @@ class CompletionWriter:
             chunk.usage = None
         return chunk
 
-    def closing_chunks(self) -> Iterator[Completion]:
-        """Return the usage, if asked for."""
-        if self._body.stream_options.include_usage:
-            yield self._whole([])
-
-    def merge(self, part: CompletionChoice) -> None:
-        """Add `part` to its choice."""
+    def _merge(self, part: CompletionChoice) -> None:
         choice = self._choices[part.index]
         choice.text += part.text
         choice.finish_reason = part.finish_reason or choice.finish_reason
@@ -193,8 +254,15 @@ class CompletionWriter:
             choice.token_ids += part.token_ids
 
     def reply(self) -> Completion:
-        """Return the whole reply."""
-        return self._whole(self._choices)
+        """Return the whole reply: of every prompt's candidates the best, the best of them first."""
+        if self._body.num_candidates == self._body.n:
+            return self._whole(self._choices)
+        told = []
+        for start in range(0, len(self._choices), self._body.num_candidates):
+            candidates = self._choices[start : start + self._body.num_candidates]
+            candidates.sort(key=lambda choice: -self._scores[choice.index].mean)
+            told += candidates[: self._body.n]
+        return self._whole([msgspec.structs.replace(choice, index=index) for index, choice in enumerate(told)])
 
     def _whole(self, choices: list[CompletionChoice]) -> Completion:
         completion = self._completion(choices)
@@ -211,6 +279,24 @@ class CompletionWriter:
             system_fingerprint=identity.system_fingerprint,
             choices=choices,
         )
+
+
+class _Score:
+    """How likely a candidate is, whatever its length."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._num_tokens = 0
+
+    def see(self, event: Delivered) -> None:
+        """Take in more of the candidate."""
+        self._sum += sum(entry.logprob for entry in event.logprobs or ())
+        self._num_tokens += len(event.token_ids)
+
+    @property
+    def mean(self) -> float:
+        """The mean log-probability of its tokens. A candidate that says nothing comes after all others."""
+        return self._sum / self._num_tokens if self._num_tokens else -math.inf
 
 
 class LogprobsWriter:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from engine.messages import FinishReason, TokenLogprobs
-from server.conversations.turns import TurnReceipt
+from server.conversations.open_turn import TurnReceipt
+from server.errors import BadRequest
 from server.generation import ChoiceEvent, Finished, Prompted
-from server.schemas.replies import ConversationInfo, Usage
+from server.schemas.items import ItemList
+from server.schemas.replies import ConversationInfo, PromptTokens, Usage
 from server.services import ServedModel
 
 # JSON has no infinity. A log-probability this low is none at all.
@@ -34,26 +36,57 @@ class Meter:
     def __init__(self, choices_per_prompt: int) -> None:
         self._choices_per_prompt = choices_per_prompt
         self._num_prompt_tokens: dict[int, int] = {}  # by prompt: its choices share one
+        self._num_cached_tokens: dict[int, int] = {}  # likewise: what one of them computes, the others need not
+        self._num_kept_tokens: dict[int, int] = {}
         self._num_output_tokens = 0
         self._receipt: TurnReceipt | None = None
 
     def see(self, event: ChoiceEvent) -> None:
         """Take in an event."""
+        prompt = event.index // self._choices_per_prompt
         if isinstance(event, Prompted):
-            self._num_prompt_tokens[event.index // self._choices_per_prompt] = len(event.prompt_ids)
+            self._num_prompt_tokens[prompt] = len(event.prompt_ids)
         elif isinstance(event, Finished):
+            known = self._num_cached_tokens.get(prompt, event.num_cached_tokens)
+            self._num_cached_tokens[prompt] = min(known, event.num_cached_tokens)
+            self._num_kept_tokens[prompt] = max(self._num_kept_tokens.get(prompt, 0), event.num_kept_tokens)
             self._num_output_tokens += event.num_output_tokens
             self._receipt = event.receipt
 
     @property
     def usage(self) -> Usage:
         """The count so far."""
-        return Usage.of(sum(self._num_prompt_tokens.values()), self._num_output_tokens, self._receipt)
+        counts = (self._num_prompt_tokens, self._num_cached_tokens, self._num_kept_tokens)
+        prompts = PromptTokens(*(sum(count.values()) for count in counts))
+        return Usage.of(prompts, self._num_output_tokens, self._receipt)
 
     @property
     def conversation(self) -> ConversationInfo | msgspec.UnsetType:
         """Where the turn left its conversation, if it was one and is applied."""
         return msgspec.UNSET if self._receipt is None else ConversationInfo.of(self._receipt)
+
+
+def page_of(items: Sequence[msgspec.Raw], *, after: str | None, limit: int, newest_first: bool) -> ItemList:
+    """Return up to `limit` of `items`, which are in order, behind the one called `after`; raises `BadRequest`."""
+    bodies = [msgspec.json.decode(item, type=_Named) for item in items]
+    ids = [body.id for body in bodies]
+    order = range(len(ids))[::-1] if newest_first else range(len(ids))
+    begin = 0
+    if after is not None:
+        if after not in ids:
+            raise BadRequest("after: there is no such item in the list.", "after")
+        begin = order.index(ids.index(after)) + 1
+    page = order[begin : begin + limit]
+    return ItemList(
+        data=[items[index] for index in page],
+        first_id=ids[page[0]] if page else None,
+        last_id=ids[page[-1]] if page else None,
+        has_more=begin + limit < len(ids),
+    )
+
+
+class _Named(msgspec.Struct):
+    id: str
 
 
 def finish_reason(event: Finished) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import msgspec
 from fastapi import Request
 
-from engine.messages import InitialStateRef, SamplingParams
+from engine.errors import InvalidRequest
+from engine.messages import Grammar, InitialStateRef, SamplingParams
+from server.conversations.history import scoped
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
-from server.schemas.generation import GenerationFields
+from server.schemas.generation import GenerationFields, SamplingFields
 from server.services import Services
+from server.templates import END_OF_THOUGHT, Opening, Toolbox, call_grammar
 
 ENTITY_TAG = re.compile(r'"?(\d{1,9})"?')
 
@@ -33,23 +38,31 @@ def initial_state_of(name: str | None, services: Services) -> InitialStateRef | 
     return known[name]
 
 
-def conversation_of(body: GenerationFields, services: Services) -> ConversationSelector | None:
+def conversation_of(body: GenerationFields, services: Services, tenant: str) -> ConversationSelector | None:
     """Return which conversation the request continues: OpenAI's field wants it to exist, ours creates it."""
     initial_state = initial_state_of(body.initial_state, services)
     if body.conversation is not None:
-        return ConversationSelector(body.conversation.id, create=False, initial_state=initial_state)
+        name = scoped(tenant, body.conversation.id)
+        return ConversationSelector(name, create=False, initial_state=initial_state)
     if body.conversation_id is not None:
-        return ConversationSelector(body.conversation_id, create=True, initial_state=initial_state)
+        name = scoped(tenant, body.conversation_id)
+        return ConversationSelector(name, create=True, initial_state=initial_state)
     return None
 
 
 def expected_version(request: Request, body: GenerationFields) -> int | None:
     """Return the version in `If-Match`, at which the conversation must be for the turn to run."""
+    version = version_in_header(request)
+    if version is not None and not body.is_stateful:
+        raise BadRequest("If-Match: only a turn of a conversation has a version to match.", "If-Match")
+    return version
+
+
+def version_in_header(request: Request) -> int | None:
+    """Return the version in `If-Match`, if there is one; raises `BadRequest`."""
     given = request.headers.get("if-match")
     if given is None:
         return None
-    if not body.is_stateful:
-        raise BadRequest("If-Match: only a turn of a conversation has a version to match.", "If-Match")
     if (matched := ENTITY_TAG.fullmatch(given.strip())) is None:
         raise BadRequest("If-Match: must be the number of a version.", "If-Match")
     return int(matched[1])
@@ -72,3 +85,31 @@ def check_num_logprobs(name: str, value: int | None, services: Services) -> int 
 def with_choice(sampling: SamplingParams, choice_idx: int) -> SamplingParams:
     """Return the sampling of one of `n` choices: the first as asked, each other with the next seed."""
     return msgspec.structs.replace(sampling, seed=(sampling.seed + choice_idx) % 2**64)
+
+
+def answering(sampling: SamplingParams, opening: Opening, toolbox: Toolbox | None = None) -> SamplingParams:
+    """Return the sampling of an answer that begins with `opening`: its grammar is of what a reader will see.
+
+    Calls of tools have a grammar of their own, where they need one; raises `BadRequest` if the request has another.
+    """
+    grammar = sampling.grammar
+    if toolbox is not None and (calls := call_grammar(toolbox)) is not None:
+        if grammar is not None:
+            raise BadRequest("tools: an answer that may be a strict call cannot have another form.", "tools")
+        grammar = Grammar(kind="lark", text=calls)
+    if grammar is None:
+        return sampling
+    after, lead = (END_OF_THOUGHT, r"\s*") if opening.thinking else ("", opening.unshown)
+    return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(grammar, after=after, lead=lead))
+
+
+@contextlib.contextmanager
+def grammar_named(body: SamplingFields) -> Iterator[None]:
+    """Let the engine's complaints about a grammar name the field that brought it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "grammar":
+            raise
+        name = next(iter(body.asked_grammars), "tools")
+        raise BadRequest(f"{name}: {str(error).removeprefix('grammar ')}.", name) from None

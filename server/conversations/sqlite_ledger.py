@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -17,12 +17,15 @@ from typing import ParamSpec, TypeVar
 from engine.messages import CheckpointRef
 from server.conversations.ledger import (
     Conversation,
+    Document,
     Durability,
     Lease,
     LedgerCorrupt,
     LedgerUnavailable,
     Turn,
 )
+from server.conversations.sqlite_documents import SqliteDocuments
+from server.conversations.sqlite_file import SqliteFile
 from server.conversations.sqlite_log import SqliteLog, steady_clock
 from server.conversations.uninterrupted import UninterruptedCalls
 
@@ -48,7 +51,10 @@ class SqliteLedger:
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.durability = Durability.MEMORY if path is None else Durability.FSYNCED
-        self._log = SqliteLog(path, tombstone_seconds, clock or steady_clock())
+        clock = clock or steady_clock()
+        self._file = SqliteFile(path)
+        self._log = SqliteLog(self._file, tombstone_seconds, clock)
+        self._documents = SqliteDocuments(self._file, clock)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._calls = UninterruptedCalls()
         self._failure: str | None = None  # why no call is taken any more
@@ -56,6 +62,7 @@ class SqliteLedger:
     async def open(self) -> None:
         """See `Ledger.open`."""
         try:
+            await self._run(self._file.open)
             await self._run(self._log.open)
         except BaseException:
             await self.close()
@@ -65,20 +72,30 @@ class SqliteLedger:
         """See `Ledger.close`. The ledger can't be opened again."""
         self._failure = "the ledger is closed"
         await self._calls.wait()
-        await asyncio.wrap_future(self._thread.submit(self._log.close))
+        await asyncio.wrap_future(self._thread.submit(self._file.close))
         self._thread.shutdown()
 
-    async def create(self, conversation: Conversation) -> None:
+    async def create(self, conversation: Conversation, turns: Sequence[Turn] = ()) -> None:
         """See `Ledger.create`."""
-        await self._run(self._log.create, conversation)
+        await self._run(self._log.create, conversation, turns)
 
     async def get(self, conversation_id: str) -> Conversation:
         """See `Ledger.get`."""
         return await self._run(self._log.get, conversation_id)
 
+    async def update(
+        self, conversation_id: str, *, metadata: dict[str, str] | None = None, ttl_seconds: float | None = None
+    ) -> Conversation:
+        """See `Ledger.update`."""
+        return await self._run(self._log.update, conversation_id, metadata, ttl_seconds)
+
     async def turns(self, conversation_id: str, after_version: int = 0) -> list[Turn]:
         """See `Ledger.turns`."""
         return await self._run(self._log.turns, conversation_id, after_version)
+
+    async def find_reply(self, conversation_id: str, reply_id: str) -> Turn | None:
+        """See `Ledger.find_reply`."""
+        return await self._run(self._log.find_reply, conversation_id, reply_id)
 
     async def acquire(self, conversation_id: str, owner: str, ttl_seconds: float) -> tuple[Lease, Conversation]:
         """See `Ledger.acquire`. A lease that arrives after its caller was cancelled is given back."""
@@ -97,9 +114,11 @@ class SqliteLedger:
         """See `Ledger.commit`. A turn that is the head already counts as committed."""
         await self._run(self._log.commit, lease, turn)
 
-    async def point(self, conversation_id: str, version: int, checkpoint: CheckpointRef) -> CheckpointRef | None:
+    async def point(
+        self, conversation_id: str, version: int, checkpoint: CheckpointRef, drop: Collection[int] = ()
+    ) -> list[CheckpointRef]:
         """See `Ledger.point`."""
-        return await self._run(self._log.point, conversation_id, version, checkpoint)
+        return await self._run(self._log.point, conversation_id, version, checkpoint, drop)
 
     async def delete(self, conversation_id: str) -> Conversation:
         """See `Ledger.delete`."""
@@ -107,7 +126,26 @@ class SqliteLedger:
 
     async def sweep(self) -> list[CheckpointRef]:
         """See `Ledger.sweep`."""
+        await self._run(self._documents.sweep)
         return await self._run(self._log.sweep)
+
+    async def put_document(self, document: Document, *, if_absent: bool = False) -> bool:
+        """See `Ledger.put_document`."""
+        return await self._run(self._documents.put, document, if_absent)
+
+    async def get_document(self, kind: str, document_id: str) -> Document | None:
+        """See `Ledger.get_document`."""
+        return await self._run(self._documents.get, kind, document_id)
+
+    async def delete_document(self, kind: str, document_id: str) -> bool:
+        """See `Ledger.delete_document`."""
+        return await self._run(self._documents.delete, kind, document_id)
+
+    async def documents(
+        self, kind: str, *, after: str | None = None, limit: int = 100, newest_first: bool = False
+    ) -> list[Document]:
+        """See `Ledger.documents`."""
+        return await self._run(self._documents.list, kind, after, limit, newest_first)
 
     async def _run(
         self, operation: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import BadRequest
-from server.schemas.generation import MAX_PROMPT_CHARS, MAX_SEQUENCES, GenerationFields
+from server.schemas.generation import MAX_CHOICES, MAX_PROMPT_CHARS, MAX_SEQUENCES, GenerationFields
 from server.schemas.replies import ConversationInfo, Usage
 
 Prompt = str | list[int]
@@ -32,25 +32,43 @@ class CompletionRequest(GenerationFields):
     """Continue a text, or several."""
 
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
-        "best_of": (1,),
         "suffix": ("",),
         "store": (False,),
         "service_tier": ("auto", "default"),
     }
 
-    prompt: Annotated[list[Any], BeforeValidator(_as_prompts)]
+    prompt: Annotated[
+        list[Any], BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    ]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
     @model_validator(mode="after")
     def _check_prompts(self) -> CompletionRequest:
         if any(len(prompt) > MAX_PROMPT_CHARS for prompt in self.prompts):
             raise BadRequest(f"prompt: at most {MAX_PROMPT_CHARS} characters or tokens.", "prompt")
-        if len(self.prompts) * self.n > MAX_SEQUENCES:
+        self._check_best_of()
+        if len(self.prompts) * self.num_candidates > MAX_SEQUENCES:
             raise BadRequest(f"prompt: at most {MAX_SEQUENCES} choices a request.", "prompt")
         if self.is_stateful and len(self.prompts) > 1:
             raise BadRequest("prompt: a conversation has one next turn, so there must be one prompt.", "prompt")
         return self
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.n:
+            raise BadRequest("best_of: must not be below n.", "best_of")
+        if self.best_of > self.n and self.stream:
+            raise BadRequest("best_of: which choices are the best is known at the end; not for streams.", "best_of")
+        if self.best_of > 1 and self.is_stateful:
+            raise BadRequest("best_of: a conversation has one next turn, so best_of must be 1.", "best_of")
+
+    @property
+    def num_candidates(self) -> int:
+        """How many continuations of each prompt are generated; the best `n` of them are told."""
+        return self.best_of or self.n
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from engine.messages import SamplingParams, StopRules
+from engine.messages import Grammar, SamplingParams, StopRules
 from server.errors import BadRequest
 from server.schemas.strict import StrictModel
+from server.schemas.structured import GrammarText, StructuredOutputs, lark_grammar, regex_grammar
 
 MAX_CHOICES = 16  # n, and what a batch of prompts may add up to with it is MAX_SEQUENCES
 MAX_SEQUENCES = 128
@@ -23,12 +24,16 @@ MAX_QUEUE_MS = 60_000
 CONVERSATION_ID = r"[A-Za-z0-9_.:@-]{1,128}"
 ConversationId = Annotated[str, StringConstraints(pattern=rf"^{CONVERSATION_ID}$")]
 
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _as_reference(value: object) -> object:
+def as_reference(value: object) -> object:
+    """Return the reference that a bare id stands for."""
     return {"id": value} if isinstance(value, str) else value
 
 
@@ -46,8 +51,8 @@ class ConversationReference(StrictModel):
     id: ConversationId
 
 
-class GenerationFields(StrictModel):
-    """How to generate, whatever the prompt looks like."""
+class SamplingFields(StrictModel):
+    """How to choose tokens and when to stop, whatever the route."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
@@ -61,30 +66,108 @@ class GenerationFields(StrictModel):
     )
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=0)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**31)  # 0 and, as elsewhere, -1: off
     min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
+    top_n_sigma: float = Field(0.0, ge=-1, le=100)  # 0 and, as elsewhere, -1: off
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)  # float32 has room for a score divided by it
     penalty_decay: float = Field(1.0, gt=0, le=1)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=MAX_LOGIT_BIASES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
 
-    stop: Annotated[
-        list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]], BeforeValidator(_as_list)
-    ] = Field([], max_length=MAX_STOPS)
+    stop: Annotated[list[StopText], BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)] = Field(
+        [], max_length=MAX_STOPS
+    )
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+
+    structured_outputs: StructuredOutputs | None = None
+    guided_regex: GrammarText | None = None
+    guided_grammar: GrammarText | None = None
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> SamplingFields:
+        if -1 < self.top_n_sigma < 0:
+            raise BadRequest("top_n_sigma: must be -1 or not negative.", "top_n_sigma")
+        if len(asked := self.asked_grammars) > 1:
+            first, second, *_ = asked
+            raise BadRequest(f"{first} and {second} exclude each other.", first)
+        return self
+
+    @property
+    def asked_grammars(self) -> dict[str, Grammar]:
+        """The grammars of the output, by the fields that ask for them; there may be one."""
+        asked: dict[str, Grammar] = {}
+        if self.structured_outputs is not None:
+            name, grammar = self.structured_outputs.asked
+            asked[f"structured_outputs.{name}"] = grammar
+        if self.guided_regex is not None:
+            asked["guided_regex"] = regex_grammar(self.guided_regex)
+        if self.guided_grammar is not None:
+            asked["guided_grammar"] = lark_grammar(self.guided_grammar)
+        return asked
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The grammar of the output, if one is asked for."""
+        return next(iter(self.asked_grammars.values()), None)
+
+    def sampling(self, vocab_size: int, num_logprobs: int | None) -> SamplingParams:
+        """Return how to sample; the seed is drawn if none was given."""
+        return SamplingParams(
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            top_n_sigma=max(self.top_n_sigma, 0.0),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            penalty_decay=self.penalty_decay,
+            logit_bias={_token_id(key, vocab_size): bias for key, bias in self.logit_bias.items()},
+            num_logprobs=num_logprobs,
+            grammar=self.grammar,
+        )
+
+    def stop_rules(
+        self, max_tokens: int, vocab_size: int, eos_token_ids: tuple[int, ...], stop_strings: tuple[str, ...] = ()
+    ) -> StopRules:
+        """Return when to stop: the request's own rules, the model's end of text, and a template's `stop_strings`."""
+        if any(not 0 <= token_id < vocab_size for token_id in self.stop_token_ids):
+            raise BadRequest(f"stop_token_ids: ids must lie in [0, {vocab_size}).", "stop_token_ids")
+        if self.min_tokens > max_tokens:
+            raise BadRequest(f"min_tokens: must not be above max_tokens, which is {max_tokens}.", "min_tokens")
+        ends = () if self.ignore_eos else eos_token_ids
+        return StopRules(
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(dict.fromkeys((*self.stop_token_ids, *ends))),
+            stop_strings=tuple(dict.fromkeys(text.encode() for text in (*self.stop, *stop_strings))),
+            min_tokens=self.min_tokens,
+        )
+
+
+class GenerationFields(SamplingFields):
+    """What completions and chat share besides sampling: choices, streams, conversations."""
+
+    max_tokens: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
 
-    conversation: Annotated[ConversationReference | None, BeforeValidator(_as_reference)] = None
+    conversation: Annotated[
+        ConversationReference | None,
+        BeforeValidator(as_reference, json_schema_input_type=ConversationId | ConversationReference),
+    ] = None
     conversation_id: ConversationId | None = None
     initial_state: str | None = None  # name of a tuned state to begin from
     queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
@@ -105,35 +188,6 @@ class GenerationFields(StrictModel):
     def is_stateful(self) -> bool:
         """Whether this is a turn of a conversation."""
         return self.conversation is not None or self.conversation_id is not None
-
-    def sampling(self, vocab_size: int, num_logprobs: int | None) -> SamplingParams:
-        """Return how to sample; the seed is drawn if none was given."""
-        return SamplingParams(
-            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            penalty_decay=self.penalty_decay,
-            logit_bias={_token_id(key, vocab_size): bias for key, bias in self.logit_bias.items()},
-            num_logprobs=num_logprobs,
-        )
-
-    def stop_rules(
-        self, max_tokens: int, vocab_size: int, eos_token_ids: tuple[int, ...], stop_strings: tuple[str, ...] = ()
-    ) -> StopRules:
-        """Return when to stop: the request's own rules, the model's end of text, and a template's `stop_strings`."""
-        if any(not 0 <= token_id < vocab_size for token_id in self.stop_token_ids):
-            raise BadRequest(f"stop_token_ids: ids must lie in [0, {vocab_size}).", "stop_token_ids")
-        ends = () if self.ignore_eos else eos_token_ids
-        return StopRules(
-            max_tokens=max_tokens,
-            stop_token_ids=tuple(dict.fromkeys((*self.stop_token_ids, *ends))),
-            stop_strings=tuple(dict.fromkeys(text.encode() for text in (*self.stop, *stop_strings))),
-        )
 
 
 def _token_id(key: str, vocab_size: int) -> int:

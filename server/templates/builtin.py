@@ -5,74 +5,118 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from server.templates.template import Opening, Template
+import msgspec
 
-# What a model writes after an opening that stops short of its `>`, before anything worth showing. The `>` is left to
-# the model because it shares tokens with what follows.
-_CLOSE_TAG = r">?\s*"
+from server.templates.template import Effort, Opening, Template, ToolForm
 
-_CLASSIC_HEADERS = {
-    "system": "System: ",
-    "developer": "System: ",
-    "user": "User: ",
-    "assistant": "Assistant: ",
-}
+THINKING_EFFORTS: tuple[Effort, ...] = ("minimal", "low", "medium", "high", "xhigh")
+
+# -- User and Assistant -----------------------------------------------------------------------------------------------
+
 # The longer of two stops that end together must count, or a newline of the border would stay in the answer.
 _CLASSIC_STOPS = ("\n\nUser:", "\nUser:", "\n\nSystem:")
 
-_WORLD_OPENING = Opening("Assistant:", unshown=" ?")
+_WORLD_OPENING = Opening("Assistant:", completion=" ")
 
 WORLD = Template(
     name="world",
-    headers=_CLASSIC_HEADERS,
+    system="System: ",
+    user="User: ",
     border="\n\n",
-    openings={None: _WORLD_OPENING, "none": _WORLD_OPENING},
+    past_opening="Assistant:",
+    lead=" ",
+    opening=_WORLD_OPENING,
+    efforts={"none": _WORLD_OPENING},
     stop_strings=_CLASSIC_STOPS,
+    tools=ToolForm(Opening("Assistant: ```json\n")),
 )
 
+# Before G1 an answer was one paragraph.
+WORLD_V4 = msgspec.structs.replace(WORLD, name="world-v4", stop_strings=("\n\n", "\nUser:"), tools=None)
 
-def _g1_thinking(hint: str = "") -> Opening:
-    return Opening("Assistant: <think", thinking=True, unshown=_CLOSE_TAG, hint=hint)
+
+def _thinking(text: str, hint: str = "") -> Opening:
+    """Open a thought, but for the `>` of its tag, which shares tokens with what follows and is left to the model."""
+    return Opening(text + "<think", thinking=True, completion=">", skips_space=True, hint=hint)
 
 
-G1 = Template(
+def _not_thinking(text: str) -> Opening:
+    """Open an answer after an empty thought."""
+    return Opening(text + "<think></think", completion=">", skips_space=True)
+
+
+G1 = msgspec.structs.replace(
+    WORLD,
     name="g1",
-    headers=_CLASSIC_HEADERS,
-    border="\n\n",
-    openings={
-        None: _g1_thinking(),
-        "none": Opening("Assistant: <think></think", unshown=_CLOSE_TAG),
-        "minimal": _g1_thinking(" (think a bit)"),
-        "low": _g1_thinking(" (think a bit)"),
-        "medium": _g1_thinking(" (think)"),
-        "high": _g1_thinking(" (think a lot)"),
-        "xhigh": _g1_thinking(" (think a lot)"),
+    opening=_thinking("Assistant: "),
+    efforts={
+        "none": _not_thinking("Assistant: "),
+        "minimal": _thinking("Assistant: ", " (think a bit)"),
+        "low": _thinking("Assistant: ", " (think a bit)"),
+        "medium": _thinking("Assistant: ", " (think)"),
+        "high": _thinking("Assistant: ", " (think a lot)"),
+        "xhigh": _thinking("Assistant: ", " (think a lot)"),
     },
-    stop_strings=_CLASSIC_STOPS,
 )
 
-_G1H_THINKING = Opening("Bot✿<think", thinking=True, unshown=_CLOSE_TAG)
+# -- the flower -------------------------------------------------------------------------------------------------------
 
 G1H = Template(
     name="g1h",
-    headers={"system": "System✿", "developer": "System✿", "user": "User✿", "assistant": "Bot✿"},
+    system="System✿",
+    user="User✿",
     border="✿\n",
-    openings={
-        None: _G1H_THINKING,
-        "none": Opening("Bot✿<think></think", unshown=_CLOSE_TAG),
-        **dict.fromkeys(("minimal", "low", "medium", "high", "xhigh"), _G1H_THINKING),
-    },
+    past_opening="Bot✿",
+    opening=_thinking("Bot✿"),
+    efforts={"none": _not_thinking("Bot✿"), **dict.fromkeys(THINKING_EFFORTS, _thinking("Bot✿"))},
     stop_strings=("✿",),
     reserved="✿",
+    tools=ToolForm(Opening("Bot✿```json\n")),
+)
+
+# -- before World, and without a chat ---------------------------------------------------------------------------------
+
+_RAVEN_OPENING = Opening("Alice:", completion=" ")
+
+RAVEN = Template(
+    name="raven",
+    system="",
+    user="Bob: ",
+    border="\n\n",
+    past_opening="Alice:",
+    lead=" ",
+    opening=_RAVEN_OPENING,
+    efforts={"none": _RAVEN_OPENING},
+    stop_strings=("\n\n", "\nBob:"),
+)
+
+_RESPONSE_OPENING = Opening("Response:", completion=" ")
+
+INSTRUCTION = Template(
+    name="instruction",
+    system="Instruction: ",
+    user="Instruction: ",
+    user_after_system="Input: ",
+    border="\n\n",
+    past_opening="Response:",
+    lead=" ",
+    opening=_RESPONSE_OPENING,
+    efforts={"none": _RESPONSE_OPENING},
+    stop_strings=("\n\nInstruction:", "\nInstruction:", "\n\nInput:"),
 )
 
 RAW = Template(
     name="raw",
-    headers=dict.fromkeys(_CLASSIC_HEADERS, ""),
+    system="",
+    user="",
     border="",
-    openings={None: Opening(""), "none": Opening("")},
+    past_opening="",
+    opening=Opening(""),
+    efforts={"none": Opening("")},
     stop_strings=(),
     verbatim=True,
 )
 
-BUILTIN: Mapping[str, Template] = MappingProxyType({template.name: template for template in (WORLD, G1, G1H, RAW)})
+BUILTIN: Mapping[str, Template] = MappingProxyType(
+    {template.name: template for template in (WORLD, WORLD_V4, G1, G1H, RAVEN, INSTRUCTION, RAW)}
+)

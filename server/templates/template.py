@@ -1,15 +1,25 @@
-"""Chat messages as the text a model was trained on.
+"""What a chat template is: the turns of one family of models, as data.
 
-A conversation renders only its *new* messages. The model's state holds the text so far up to the last delivered token
-of the last answer and nothing of what ended it, so what is rendered for a later turn begins with the border that
-closes that answer, in one piece with the messages after it. Knows nothing of tokens.
+`server.templates.rendering` renders them all; the ones that are known are in `server.templates.builtin`, and a model
+may bring its own (`server.templates.choice`). Everything in a template is text to be put down or looked for: there is
+nothing to run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+
+MAX_TEXT_CHARS = 256
+MAX_STOP_STRINGS = 16
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARS)]
+StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TEXT_CHARS)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class TemplateError(Exception):
@@ -20,96 +30,49 @@ class TemplateError(Exception):
         super().__init__(message)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a chat."""
+class Opening(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a prompt begins the answer it asks for, and how the model goes on before it says anything."""
 
-    role: str  # system | developer | user | assistant
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """How the prompt begins the answer it asks for."""
-
-    text: str  # the end of the prompt; never ends in a space, which would be half of the next token
+    text: Text  # the end of the prompt; never ends in a space, which would be half of the next token
     thinking: bool = False  # the model writes a thought first, up to `</think>`
-    unshown: str = ""  # regular expression: what the model writes to complete the opening, and no reader should see
-    hint: str = ""  # said at the end of the user's message: how long to think
+    completion: Text = ""  # what the model may write to complete the opening, and no reader should see
+    skips_space: bool = False  # nor should they see white space after it
+    hint: Text = ""  # said at the end of the user's message: how long to think
+
+    def __post_init__(self) -> None:
+        if self.text.endswith(" "):
+            raise ValueError("an opening must not end in a space: it is half of the token the model would write next")
+
+    @property
+    def unshown(self) -> str:
+        """Regular expression of what no reader should see at the beginning of what the model writes."""
+        completion = f"(?:{re.escape(self.completion)})?" if self.completion else ""
+        return completion + (r"\s*" if self.skips_space else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The turns of one family of models. The built-in ones are in `server.templates.builtin`."""
+class ToolForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tools are offered and how results come back. What a call looks like, `server.templates.calls` knows."""
 
-    name: str
-    headers: Mapping[str, str]  # what comes before a content, by role
-    border: str  # what closes a turn that is followed by another
-    openings: Mapping[str | None, Opening]  # by reasoning effort; None: not asked for
-    stop_strings: tuple[str, ...]  # each ends an answer, and is neither shown nor kept
+    opening: Opening  # of an answer that must be a call: up to where its JSON begins
+    title: Text = "Tools:"  # the line before the list
+    offer: Text = "To use a tool, return only a JSON function call."  # the line after it, if the model may call
+    demand: Text = "Return only a JSON function call."  # the same if it must
+    result: Text = "Function output:"  # the line before a result, in the user's place
+
+
+class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The turns of one family of models."""
+
+    name: Name
+    system: Text  # what comes before a system text
+    user: Text  # what comes before what a user says
+    user_after_system: Text | None = None  # the same directly after a system text, where that differs
+    border: Text  # what closes a turn that is followed by another
+    past_opening: Text  # what comes before an answer that is sent as text, of which no thought is left
+    lead: Text = ""  # what the model writes itself between `past_opening` and its answer
+    opening: Opening  # if no effort is asked for
+    efforts: Mapping[Effort, Opening] = {}
+    stop_strings: Annotated[tuple[StopString, ...], msgspec.Meta(max_length=MAX_STOP_STRINGS)]  # see docs/templates.md
     verbatim: bool = False  # contents are not cleaned
-    reserved: str = ""  # only borders hold it; a content that does could forge a turn, and is refused
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedPrompt:
-    """What the model is to read next, and how to read its answer."""
-
-    text: str
-    stop_strings: tuple[str, ...]
-    opening: Opening
-
-
-def render(
-    messages: Sequence[Message], template: Template, *, first: bool, reasoning_effort: str | None = None
-) -> RenderedPrompt:
-    """Return the prompt for an answer to `messages`.
-
-    `first` says that nothing came before them; otherwise the text begins with the border after the last answer.
-    Raises `TemplateError` for what the template has no form for.
-    """
-    opening = _opening(template, reasoning_effort)
-    if not messages:
-        raise TemplateError("messages", "there is no message to answer")
-    contents = [_content(template, message, index) for index, message in enumerate(messages)]
-    last = len(messages) - 1
-    if messages[last].role == "assistant":
-        raise TemplateError(f"messages[{last}].role", "the last message is an answer already; it can't be continued")
-    if messages[last].role == "user":
-        contents[last] += opening.hint
-    turns = [template.headers[message.role] + content for message, content in zip(messages, contents, strict=True)]
-    closing = [] if first else [""]
-    return RenderedPrompt(template.border.join([*closing, *turns, opening.text]), template.stop_strings, opening)
-
-
-def _opening(template: Template, reasoning_effort: str | None) -> Opening:
-    try:
-        return template.openings[reasoning_effort]
-    except KeyError:
-        accepted = ", ".join(effort for effort in template.openings if effort is not None)
-        message = f"chat template {template.name!r} has no {reasoning_effort!r}; accepted: {accepted}"
-        raise TemplateError("reasoning_effort", message) from None
-
-
-def _content(template: Template, message: Message, index: int) -> str:
-    """Return the content as it stands in the prompt."""
-    if message.role not in template.headers:
-        accepted = ", ".join(template.headers)
-        raise TemplateError(f"messages[{index}].role", f"unknown role {message.role!r}; known are: {accepted}")
-    content = message.content if template.verbatim else _clean(message)
-    field = f"messages[{index}].content"
-    if not content:
-        raise TemplateError(field, "the content is empty")
-    if template.reserved and template.reserved in content:
-        raise TemplateError(field, f"{template.reserved!r} marks the turns of this model and cannot be in a content")
-    return content
-
-
-def _clean(message: Message) -> str:
-    """Return the content without what would look like a turn border.
-
-    An answer may hold blank lines, since the models write them, but has no space around it.
-    """
-    if message.role == "assistant":
-        return message.content.strip()
-    return re.sub(r"\n{2,}", "\n", message.content.replace("\r\n", "\n")).strip()
+    reserved: Text = ""  # only borders hold it; a content that does could forge a turn, and is refused
+    tools: ToolForm | None = None  # None: the models know no tools

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
+from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 Model = Callable[[Sequence[int], SamplingParams], int]
 
 STUB_SPEC = StateSpec(
@@ -76,8 +79,10 @@ class StubRunner:
         self.poisonous = poisonous
         self.explosive = explosive
         self.slots: list[list[int] | None] = [None] * num_slots
+        self.consumed: list[list[int]] = [[] for _ in range(num_slots)]  # by the slot's request: what penalties see
         self.plans: list[StepPlan] = []
         self.loaded: list[RecurrentState] = []
+        self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
         self.saves_break = False
 
@@ -99,6 +104,7 @@ class StubRunner:
         assert tape is not None, "the slot has no state"
         assert len(chunk.token_ids) > 0
         tape.extend(chunk.token_ids)
+        self.consumed[chunk.slot].extend(chunk.token_ids[chunk.num_replayed :])
         assert chunk.position == len(tape), "position is the number of tokens before the sampled one"
         if self.poisonous in chunk.token_ids:
             self.slots[chunk.slot] = None
@@ -111,18 +117,25 @@ class StubRunner:
             return ChunkOutput(prompt_logprobs=prompt_logprobs)
         token_id = self.model(tape, chunk.sampling)
         logprobs = TokenLogprobs(-float(token_id)) if chunk.sampling.num_logprobs is not None else None
-        return ChunkOutput(token_id, logprobs, prompt_logprobs)
+        output = ChunkOutput(token_id, logprobs, prompt_logprobs)
+        return output if chunk.matcher is None else _constrained(output, chunk.matcher)
 
     def start(self, slot: int) -> None:
         """Give the slot the empty history."""
         self._check_device()
-        self.slots[slot] = []
+        self.slots[slot], self.consumed[slot] = [], []
 
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """Give the slot the history in `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """Give the slot the history in `state`, which must end with what the request is said to have consumed."""
         self._check_device()
-        self.slots[slot] = tokens_of(state)
+        tape = tokens_of(state)
+        assert tape[len(tape) - len(consumed_ids) :] == list(consumed_ids)
+        self.slots[slot], self.consumed[slot] = tape, list(consumed_ids)
         self.loaded.append(state)
+
+    def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Note what penalties count from the beginning."""
+        self.counted[slot] = list(token_ids)
 
     def copy(self, source: int, target: int) -> None:
         """Give `target` the history of `source`."""
@@ -144,3 +157,17 @@ class StubRunner:
     def _check_device(self) -> None:
         if self.broken:
             raise DeviceFault("the device is gone")
+
+
+def _constrained(output: ChunkOutput, matcher: GrammarMatcher) -> ChunkOutput:
+    """Return the output with the lowest allowed token if its own is not allowed."""
+    assert output.token_id is not None
+    try:
+        allowed = matcher.allowed((), may_stop=True)
+        if allowed is None:
+            return replace(output, token_id=None, logprobs=None, is_complete=True)
+        token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
+        matcher.advance(token_id)
+    except InvalidRequest as error:
+        return ChunkOutput(grammar_error=str(error))
+    return replace(output, token_id=token_id, is_complete=matcher.is_complete)

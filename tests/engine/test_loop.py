@@ -14,6 +14,7 @@ from engine.loop import MAX_FAULTS_IN_A_ROW, EngineLoop
 from engine.messages import (
     Abort,
     CheckpointFailed,
+    CheckpointRef,
     CheckpointStored,
     Command,
     DeleteCheckpoints,
@@ -114,9 +115,9 @@ class RawClient:
         self.send(Submit(request_of(request_id, PROMPT)))
         return PROMPT + self.finish(request_id)[1]
 
-    def save(self, history: list[int]) -> CheckpointStored | CheckpointFailed:
+    def save(self, history: list[int], copy_of: CheckpointRef | None = None) -> CheckpointStored | CheckpointFailed:
         """Have a state saved."""
-        self.send(SaveState(chain_of(history), len(history)))
+        self.send(SaveState(chain_of(history), len(history), copy_of))
         event = self.next_of(CheckpointStored, CheckpointFailed)
         assert isinstance(event, CheckpointStored | CheckpointFailed)
         return event
@@ -331,6 +332,41 @@ def test_every_save_has_a_checkpoint_of_its_own() -> None:
         assert isinstance(first, CheckpointStored)
         assert isinstance(second, CheckpointStored)
         assert first.ref.checkpoint_id != second.ref.checkpoint_id
+
+
+def test_a_checkpoint_can_be_copied_when_its_state_is_gone_from_memory() -> None:
+    """The copy is one's own: it outlives the original, and the state is in memory again."""
+    store = MemoryStore()
+    with running(StubEngine(store=store)) as it:
+        client = it.client()
+        history = client.turn()
+        original = client.save(history)
+        assert isinstance(original, CheckpointStored)
+        client.send(ForgetState(chain_of(history)))
+        copy = client.save(history, copy_of=original.ref)
+        assert isinstance(copy, CheckpointStored)
+        assert copy.ref.checkpoint_id != original.ref.checkpoint_id
+        assert store.get(copy.ref.checkpoint_id) == store.get(original.ref.checkpoint_id)
+        client.send(Submit(request_of("b", [9], source=StateSource(num_tokens=7, chain=chain_of(history)))))
+        started, _, _ = client.finish("b")
+        assert started is not None
+        assert started.resume is ResumeKind.HOT
+
+
+def test_what_is_no_checkpoint_of_the_same_tokens_is_not_copied() -> None:
+    """A missing original, or one of another history, is reported and nothing is written."""
+    with running() as it:
+        client = it.client()
+        history = client.turn()
+        original = client.save(history)
+        assert isinstance(original, CheckpointStored)
+        client.send(ForgetState(chain_of(history)))
+        missing = CheckpointRef(checkpoint_id="0" * 32, num_tokens=7, chain=chain_of(history))
+        other = CheckpointRef(checkpoint_id=original.ref.checkpoint_id, num_tokens=2, chain=chain_of([1, 2]))
+        for copy_of in (missing, other):
+            failed = client.save(history, copy_of=copy_of)
+            assert isinstance(failed, CheckpointFailed)
+            assert failed.reason == "not_kept"
 
 
 class BrokenStore(MemoryStore):

@@ -52,7 +52,7 @@ def test_concurrent_turns_make_exactly_one_version_each(pair: tuple[ServerProces
     for response in responses:
         if response.status_code == 409:
             assert float(response.headers["retry-after"]) > 0
-            assert response.json()["error"]["code"] == "conversation_busy"
+            assert response.json()["error"]["code"] == "conversation_locked"
     assert version(pair[0], "contested") == version(pair[1], "contested") == 1 + statuses[200]
 
 

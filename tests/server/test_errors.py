@@ -9,7 +9,8 @@ import pytest
 
 from engine import errors as engine
 from server import errors
-from server.conversations import ledger, turns
+from server.conversations import ledger, open_turn
+from server.responses import errors as response_errors
 from server.templates import TemplateError
 
 SECRET = "pr1vate"
@@ -26,7 +27,7 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 AT_START = {engine.ModelFileError, engine.TokenizerError}
 
 
-TREES = (ledger.LedgerError, turns.TurnError, engine.EngineError, errors.ServerError)
+TREES = (ledger.LedgerError, open_turn.TurnError, response_errors.ResponseError, engine.EngineError, errors.ServerError)
 KINDS: set[type[Exception]] = {kind for tree in TREES for kind in subclasses(tree)} - AT_START
 
 
@@ -48,14 +49,15 @@ def test_every_error_has_a_rule_of_its_own(kind: type[Exception]) -> None:
         (ledger.ConversationNotFound(SECRET), 404, "conversation_not_found"),
         (ledger.ConversationExpired(SECRET), 410, "conversation_expired"),
         (ledger.ConversationExists(SECRET), 409, "conversation_exists"),
-        (ledger.ConversationBusy(SECRET, 2.5), 409, "conversation_busy"),
+        (ledger.ConversationBusy(SECRET, 2.5), 409, "conversation_locked"),
         (ledger.LeaseLost(SECRET), 409, "ownership_lost"),
-        (turns.ModelMismatch(SECRET), 409, "model_mismatch"),
+        (open_turn.ModelMismatch(SECRET), 409, "model_mismatch"),
         (ledger.VersionConflict(SECRET, 3, 5), 412, "version_mismatch"),
         (errors.HeadTooLarge(), 431, "head_too_large"),
         (errors.BodyTooLarge(), 413, "body_too_large"),
         (errors.BodyTooSlow(), 408, "body_timeout"),
-        (turns.LogCorrupt(SECRET), 500, "state_corrupt"),
+        (errors.RateLimitExceeded("requests per minute", 2.5), 429, "rate_limit_exceeded"),
+        (open_turn.LogCorrupt(SECRET), 500, "state_corrupt"),
         (engine.NumericalError(SECRET), 500, "numerical_error"),
         (engine.EngineError(SECRET), 500, "engine_error"),
         (engine.QueueFull(SECRET), 503, "queue_full"),
@@ -77,14 +79,37 @@ def test_errors_are_answered(error: Exception, status: int, code: str) -> None:
     assert list(body) == ["error"]
     assert sorted(body["error"]) == ["code", "message", "param", "type"]
     assert SECRET not in str(body)
-    if status == 503:
+    if status in (429, 503):
         assert int(told.headers["retry-after"]) > 0
+        assert int(told.headers["retry-after-ms"]) > 0
+    # OpenAI's clients would try these again by themselves: they are told whether it can help.
+    if status in (408, 409, 429) or status >= 500:
+        assert told.headers["x-should-retry"] == ("true" if "retry-after" in told.headers else "false")
+    else:
+        assert "x-should-retry" not in told.headers
 
 
 def test_a_busy_conversation_says_for_how_long() -> None:
-    """Retry-After is a whole number of seconds, rounded up."""
+    """Retry-After is a whole number of seconds, rounded up; clients that can read milliseconds get those."""
     assert errors.answer(ledger.ConversationBusy("c", 2.5)).headers["retry-after"] == "3"
+    assert errors.answer(ledger.ConversationBusy("c", 2.5)).headers["retry-after-ms"] == "2500"
     assert errors.answer(ledger.ConversationBusy("c", 0.0)).headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ledger.ConversationExists(SECRET),
+        open_turn.ModelMismatch(SECRET),
+        open_turn.LogCorrupt(SECRET),
+        engine.NumericalError(SECRET),
+        ValueError(SECRET),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_client_is_told_not_to_retry_in_vain(error: Exception) -> None:
+    """The same request would meet the same answer."""
+    assert errors.answer(error).headers["x-should-retry"] == "false"
 
 
 def test_a_version_conflict_tells_the_version() -> None:

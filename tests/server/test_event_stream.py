@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import msgspec
 import pytest
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from server import streaming
 from server.drain import Drain
-from server.errors import ServerDraining
+from server.errors import Answer, ServerDraining
+from server.frames import KEEP_ALIVE
 from server.generation import ChoiceEvent, Generation, Started
 from server.metrics import Metrics
-from server.streaming import EventStream
-
-
-class Part(msgspec.Struct):
-    """A part of a reply."""
-
-    index: int
+from server.rate_limits import Budget, Limits
+from server.streaming import EventStream, SlowReader
 
 
 class Writer:
-    """Says the index of every event, and that it is done."""
+    """Says that it begins, the index of every event but the tenth, how it failed, and that it is done."""
 
-    def parts(self, event: ChoiceEvent) -> Iterator[Part]:
-        """Return one part."""
-        yield Part(event.index)
+    def opening(self) -> bytes:
+        """Begin."""
+        return b"opening\n\n"
 
-    def chunk(self, part: Part) -> Part:
-        """Return the part."""
-        return part
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Say the index."""
+        return b"" if event.index == 10 else b"%d\n\n" % event.index
 
-    def closing_chunks(self) -> Iterator[Part]:
-        """Return a last one."""
-        yield Part(-1)
+    def closing(self) -> bytes:
+        """End."""
+        return b"closing\n\n"
 
-    def merge(self, part: Part) -> None:
+    def failure(self, told: Answer) -> bytes:
+        """Tell the error."""
+        return told.render() + b"\n\n"
+
+    def add(self, event: ChoiceEvent) -> None:
         """Not asked for."""
         raise AssertionError
 
-    def reply(self) -> Part:
+    def reply(self) -> msgspec.Struct:
         """Not asked for."""
         raise AssertionError
 
@@ -53,7 +51,7 @@ class Client:
     """Reads a stream, and may leave."""
 
     def __init__(self) -> None:
-        self.bodies: list[bytes] = []
+        self.messages: list[Message] = []
         self.has_heard = asyncio.Event()
         self.leaves = asyncio.Event()
 
@@ -64,9 +62,19 @@ class Client:
 
     async def send(self, message: Message) -> None:
         """Take what the server sends."""
-        if message["type"] == "http.response.body" and message["body"]:
-            self.bodies.append(message["body"])
+        if message["type"] == "http.response.body":
+            self.messages.append(message)
             self.has_heard.set()
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """What was said, by write."""
+        return [message["body"] for message in self.messages]
+
+    async def hear(self) -> None:
+        """Wait for the next write."""
+        self.has_heard.clear()
+        await self.has_heard.wait()
 
     async def read(self, stream: EventStream) -> None:
         """Run the stream to its end."""
@@ -79,33 +87,57 @@ async def two_events(generation: Generation) -> None:
     generation.emit(Started(1))
 
 
-async def test_a_whole_stream_ends_with_done() -> None:
-    """Parts, closing chunks, `[DONE]`: one body message each."""
+async def test_a_whole_stream_is_what_its_writer_says() -> None:
+    """How it begins, its events, and how it ends; events that come together go out in one write, even with the end."""
+    may_go_on = asyncio.Event()
+
+    async def pause(generation: Generation) -> None:
+        await two_events(generation)
+        await may_go_on.wait()
+        generation.emit(Started(10))
+        generation.emit(Started(2))
+
     client = Client()
-    await client.read(EventStream(Generation(Drain(), two_events), Writer(), Metrics().http))
-    assert client.bodies == [
-        b'data: {"index":0}\n\n',
-        b'data: {"index":1}\n\n',
-        b'data: {"index":-1}\n\n',
-        b"data: [DONE]\n\n",
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), pause), Writer(), Metrics().http))
+    )
+    while len(client.bodies) < 2:
+        await client.hear()
+    may_go_on.set()
+    await reading
+    assert client.bodies[:2] == [b"opening\n\n", b"0\n\n1\n\n"]
+    assert b"".join(client.bodies[2:]) == b"2\n\nclosing\n\n"
+
+
+async def test_an_event_without_a_frame_is_no_write() -> None:
+    """An empty body message would mean nothing, or the end."""
+
+    async def silent(generation: Generation) -> None:
+        generation.emit(Started(10))
+
+    client = Client()
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), silent), Writer(), Metrics().http))
+    assert client.messages == [
+        {"type": "http.response.body", "body": b"opening\n\n", "more_body": True},
+        {"type": "http.response.body", "body": b"closing\n\n", "more_body": False},
     ]
 
 
 @pytest.mark.parametrize(("error", "code"), [(ServerDraining(), "server_draining"), (KeyError("x"), "internal_error")])
 async def test_a_stream_that_fails_ends_with_an_error(error: Exception, code: str) -> None:
-    """The error takes the place of `[DONE]`, is counted, and says nothing of our insides."""
+    """The error takes the place of the end, is counted, and says nothing of our insides."""
 
     async def fail(generation: Generation) -> None:
         generation.emit(Started(0))
         raise error
 
     client, metrics = Client(), Metrics()
-    await client.read(EventStream(Generation(Drain(), fail), Writer(), metrics.http))
-    assert client.bodies[0] == b'data: {"index":0}\n\n'
-    told = msgspec.json.decode(client.bodies[1].removeprefix(b"data: "))
+    await client.read(EventStream(Generation(Drain(), Budget(Limits()), fail), Writer(), metrics.http))
+    assert client.bodies[:2] == [b"opening\n\n", b"0\n\n"]
+    told = msgspec.json.decode(client.bodies[2])
     assert told["error"]["code"] == code
     assert sorted(told["error"]) == ["code", "message", "param", "type"]
-    assert len(client.bodies) == 2
+    assert len(client.bodies) == 3
     assert metrics.registry.get_sample_value("rwkv_errors_total", {"code": code}) == 1
 
 
@@ -117,9 +149,12 @@ async def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> 
         await asyncio.Event().wait()
 
     client = Client()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), wait), Writer(), Metrics().http)))
-    await client.has_heard.wait()
-    assert client.bodies[0] == b": keep-alive\n\n"
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), wait), Writer(), Metrics().http))
+    )
+    while len(client.bodies) < 3:
+        await client.hear()
+    assert client.bodies == [b"opening\n\n", b": keep-alive\n\n", b": keep-alive\n\n"]
     client.leaves.set()
     with pytest.raises(ClientDisconnect):
         await reading
@@ -137,8 +172,10 @@ async def test_a_client_that_leaves_takes_the_work_with_it() -> None:
             ended.set()
 
     client, metrics = Client(), Metrics()
-    reading = asyncio.create_task(client.read(EventStream(Generation(Drain(), endless), Writer(), metrics.http)))
-    await client.has_heard.wait()
+    reading = asyncio.create_task(
+        client.read(EventStream(Generation(Drain(), Budget(Limits()), endless), Writer(), metrics.http))
+    )
+    await client.hear()
     assert metrics.registry.get_sample_value("rwkv_sse_streams") == 1
     client.leaves.set()
     with pytest.raises(ClientDisconnect):
@@ -149,12 +186,30 @@ async def test_a_client_that_leaves_takes_the_work_with_it() -> None:
 
 async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A send that does not come to an end is not waited for longer than allowed."""
-    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.001)
+    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.002)
+    monkeypatch.setattr(streaming, "PING_SECONDS", 0.001)  # pings are due sooner than writes
 
     async def never(message: Message) -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    stream = EventStream(Generation(Drain(), two_events), Writer(), Metrics().http)
-    with pytest.raises(SendTimeoutError):
+    stream = EventStream(Generation(Drain(), Budget(Limits()), two_events), Writer(), Metrics().http)
+    with pytest.raises(SlowReader):
         await stream({"type": "http", "method": "POST"}, Client().receive, never)
+
+
+async def test_a_client_that_does_not_even_take_a_ping_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quiet stream whose connection is stuck is not kept."""
+    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.002)
+    monkeypatch.setattr(streaming, "PING_SECONDS", 0.001)
+
+    async def wait(generation: Generation) -> None:
+        await asyncio.Event().wait()
+
+    async def send(message: Message) -> None:
+        if message.get("body") == KEEP_ALIVE:
+            await asyncio.Event().wait()
+
+    stream = EventStream(Generation(Drain(), Budget(Limits()), wait), Writer(), Metrics().http)
+    with pytest.raises(SlowReader):
+        await stream({"type": "http", "method": "POST"}, Client().receive, send)

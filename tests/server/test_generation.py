@@ -10,6 +10,7 @@ import pytest
 from server.drain import Drain
 from server.errors import BadRequest, ServerDraining
 from server.generation import ChoiceEvent, Generation, Started
+from server.rate_limits import Budget, Limits
 
 
 class Work:
@@ -34,15 +35,15 @@ class Work:
 async def read(generation: Generation, events: list[ChoiceEvent] | None = None) -> list[ChoiceEvent]:
     """Return all events, after adding them to `events`."""
     events = [] if events is None else events
-    async for event in generation:
-        events.append(event)
+    while arrived := await generation.take():
+        events += arrived
     return events
 
 
 async def test_events_are_read_in_order() -> None:
     """Also the first, which admission has taken already."""
     work = Work()
-    generation = Generation(Drain(), work)
+    generation = Generation(Drain(), Budget(Limits()), work)
     await generation.admitted(timeout_seconds=60)
     work.may_end.set()
     assert await read(generation) == [Started(0), Started(1)]
@@ -52,7 +53,7 @@ async def test_events_are_read_in_order() -> None:
 async def test_closing_ends_the_work() -> None:
     """The reader has left: the work is cancelled, and over when `aclose` returns."""
     work = Work()
-    generation = Generation(Drain(), work)
+    generation = Generation(Drain(), Budget(Limits()), work)
     await generation.admitted(timeout_seconds=60)
     await generation.aclose()
     assert work.was_cancelled
@@ -60,7 +61,7 @@ async def test_closing_ends_the_work() -> None:
 
 async def test_an_interruption_is_what_the_reader_hears() -> None:
     """The error, after the events that came before it."""
-    generation = Generation(Drain(), Work())
+    generation = Generation(Drain(), Budget(Limits()), Work())
     await generation.admitted(timeout_seconds=60)
     generation.interrupt(ServerDraining())
     events: list[ChoiceEvent] = []
@@ -72,7 +73,7 @@ async def test_an_interruption_is_what_the_reader_hears() -> None:
 async def test_a_commit_is_not_interrupted() -> None:
     """Once a turn is being committed nobody may claim that it was not applied."""
     work = Work(before_wait=Generation.begin_commit)
-    generation = Generation(Drain(), work)
+    generation = Generation(Drain(), Budget(Limits()), work)
     await generation.admitted(timeout_seconds=60)
     generation.interrupt(ServerDraining())
     work.may_end.set()
@@ -85,7 +86,7 @@ async def test_what_keeps_work_from_beginning_is_raised_before_the_first_byte() 
     async def refuse(generation: Generation) -> None:
         raise BadRequest("n: too many.", "n")
 
-    generation = Generation(Drain(), refuse)
+    generation = Generation(Drain(), Budget(Limits()), refuse)
     with pytest.raises(BadRequest):
         await generation.admitted(timeout_seconds=60)
     await generation.aclose()
@@ -97,7 +98,7 @@ async def test_admission_is_not_waited_for_forever() -> None:
     async def wait(generation: Generation) -> None:
         await asyncio.Event().wait()
 
-    generation = Generation(Drain(), wait)
+    generation = Generation(Drain(), Budget(Limits()), wait)
     await generation.admitted(timeout_seconds=0)
     await generation.aclose()
 
@@ -106,7 +107,7 @@ async def test_the_drain_knows_what_runs_and_nothing_else() -> None:
     """A generation is interrupted by the drain while it runs, and forgotten when it has ended."""
     drain = Drain()
     running, ended = Work(), Work()
-    generations = [Generation(drain, running), Generation(drain, ended)]
+    generations = [Generation(drain, Budget(Limits()), running), Generation(drain, Budget(Limits()), ended)]
     ended.may_end.set()
     await read(generations[1])
     drain.enter()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointMissing
+from engine.errors import CheckpointMissing, StoreUnavailable
 from engine.messages import (
     CheckpointRef,
+    CheckpointStored,
     FinishReason,
     GenerationRequest,
+    Grammar,
     InitialStateRef,
     SamplingParams,
     SequenceFailed,
@@ -20,13 +23,16 @@ from engine.messages import (
     StateSource,
     StopRules,
 )
+from engine.runner.grammars import GrammarMatcher, Grammars
+from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
 from engine.state.hot_states import HotStates
+from engine.state.prefix_store import PrefixStore
 from engine.state.spec import RecurrentState
 from engine.token_chain import extend_digest, root_digest
 from tests.engine.scheduler.test_stop_matcher import first_match
-from tests.engine.stub_runner import StubRunner, tokens_of
+from tests.engine.stub_runner import STUB_SPEC, StubRunner, tokens_of
 from tests.engine.stub_vocabulary import LETTERS, StubVocabulary
 
 CLIENT = b"client"
@@ -56,16 +62,29 @@ def request_of(
     keep_state: bool = True,
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
+    borders: Sequence[int] = (),
+    grammar: Grammar | None = None,
+    min_tokens: int = 0,
+    priority: int = 0,
+    counted_ids: Sequence[int] = (),
 ) -> GenerationRequest:
     """Return a request with everything that tests seldom care about filled in."""
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=list(prompt_ids),
-        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs),
-        stop=StopRules(max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), stop_strings=tuple(stop_strings)),
+        sampling=SamplingParams(seed=7, num_logprobs=num_logprobs, grammar=grammar),
+        stop=StopRules(
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(stop_token_ids),
+            stop_strings=tuple(stop_strings),
+            min_tokens=min_tokens,
+        ),
         source=source or source_of(history),
         keep_state=keep_state,
         num_prompt_logprobs=num_prompt_logprobs,
+        borders=list(borders),
+        priority=priority,
+        counted_ids=list(counted_ids),
     )
 
 
@@ -118,6 +137,8 @@ class Simulation:
         max_num_batched_tokens: int = 16,
         max_num_queued_reqs: int = 1000,
         hot_state_bytes: int = 1 << 30,
+        prefix_min_tokens: int = 2,
+        prefix_store_min_tokens: int = 4,
         vocabulary: StubVocabulary = LETTERS,
         initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
@@ -128,12 +149,28 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_queued_reqs=max_num_queued_reqs,
+            prefix_min_tokens=prefix_min_tokens,
+            prefix_store_min_tokens=prefix_store_min_tokens,
         )
         self.hot_states = HotStates(hot_state_bytes)
         self.checkpoints: dict[str, RecurrentState] = {}
-        self.fetches: list[tuple[CheckpointRef, Future[RecurrentState]]] = []
+        self.store_fails = False
+        self.fetches: list[tuple[Sequence[CheckpointRef], Future[RecurrentState]]] = []
+        self.writes: list[tuple[str, RecurrentState, Future[CheckpointStored]]] = []
+        self.compilations: list[tuple[Grammar, Future[GrammarMatcher]]] = []
+        self.seconds_skipped = 0.0  # by a clock that tests set forward
+        self.prefix_store = PrefixStore(self, self.hot_states, STUB_SPEC, "stub", self.clock)
+        self.prefixes = Prefixes(self.config, STUB_SPEC.num_bytes, self.hot_states, self.prefix_store)
         self.scheduler = Scheduler(
-            self.config, self.runner, vocabulary, self.hot_states, self._fetch, initial_states=initial_states
+            self.config,
+            self.runner,
+            vocabulary,
+            self.hot_states,
+            self.prefixes,
+            lambda ref: self.fetch_first([ref]),
+            self._compile,
+            self.clock,
+            initial_states,
         )
         self.clients: dict[str, Client] = {}
 
@@ -162,22 +199,28 @@ class Simulation:
                 self.scheduler.update(output)
         self.deliver()
         self._check_slots()
+        self._check_penalties()
         return plan.num_tokens
+
+    def schedule_only(self) -> None:
+        """Seat who can be seated."""
+        self.scheduler.schedule()
+        self.deliver()
 
     def run(self, answer_fetches: bool = True) -> None:
         """Step until nothing is left to do."""
         for _ in range(10_000):
             if answer_fetches:
                 self.answer_fetches()
-            if not self.scheduler.has_work and not (answer_fetches and self.fetches):
+            if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
                 self.scheduler.schedule()
                 self.deliver()
-                if not self.scheduler.has_work and not (answer_fetches and self.fetches):
+                if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
                     return
             self.step()
         raise AssertionError("the scheduler never comes to rest")
 
-    def save(self, history: Sequence[int]) -> CheckpointRef:
+    def save_history(self, history: Sequence[int]) -> CheckpointRef:
         """Put the hot state behind `history` into the state store."""
         state = self.kept(history)
         assert state is not None
@@ -194,17 +237,45 @@ class Simulation:
         for chain in list(self.hot_states._entries):
             self.hot_states.forget(chain)
 
-    def answer_fetches(self) -> None:
+    def answer_fetches(self, *, and_writes: bool = True) -> None:
         """Let the state store answer."""
         fetches, self.fetches = self.fetches, []
-        for ref, future in fetches:
+        for refs, future in fetches:
             if future.cancelled():
                 continue
-            state = self.checkpoints.get(ref.checkpoint_id)
-            if state is None:
-                future.set_exception(CheckpointMissing(f"no checkpoint {ref.checkpoint_id}"))
+            there = [ref.checkpoint_id for ref in refs if ref.checkpoint_id in self.checkpoints]
+            if self.store_fails:
+                future.set_exception(StoreUnavailable("the store is away"))
+            elif not there:
+                future.set_exception(CheckpointMissing(f"no checkpoint {refs[0].checkpoint_id}"))
             else:
-                future.set_result(state)
+                future.set_result(self.checkpoints[there[0]])
+        if and_writes:
+            self._answer_writes()
+
+    def _answer_writes(self) -> None:
+        writes, self.writes = self.writes, []
+        for checkpoint_id, state, stored in writes:
+            if self.store_fails:
+                stored.set_exception(StoreUnavailable("the store is away"))
+                continue
+            self.checkpoints[checkpoint_id] = state
+            ref = CheckpointRef(checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain)
+            stored.set_result(CheckpointStored(ref=ref))
+
+    def answer_compilations(self, kind: str | None = None) -> None:
+        """Let the compiler finish: all that is asked for, or only grammars of one kind."""
+        grammars = Grammars(self.vocabulary, len(self.vocabulary.tokens))
+        for grammar, future in [each for each in self.compilations if kind in (None, each[0].kind)]:
+            self.compilations.remove((grammar, future))
+            if future.cancelled():
+                continue
+            compiled = grammars.compile(grammar)
+            if (error := compiled.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(compiled.result())
+        grammars.close()
 
     def deliver(self) -> None:
         """Hand the events to the clients."""
@@ -221,11 +292,38 @@ class Simulation:
     def check_states(self) -> None:
         """Check that every hot state has consumed what its chain says."""
         for chain, entry in self.hot_states._entries.items():
+            assert entry.state.chain == chain
             assert extend_digest(ROOT, tokens_of(entry.state)) == chain
 
-    def _fetch(self, ref: CheckpointRef) -> Future[RecurrentState]:
+    # -- what the scheduler and the prefix states ask of the state store ----------------------------------------------
+
+    def fetch_first(self, refs: Sequence[CheckpointRef]) -> Future[RecurrentState]:
+        """Take a question that `answer_fetches` will answer."""
         future: Future[RecurrentState] = Future()
-        self.fetches.append((ref, future))
+        self.fetches.append((refs, future))
+        return future
+
+    def save(self, state: RecurrentState, checkpoint_id: str | None = None) -> Future[CheckpointStored]:
+        """Take a state that `answer_fetches` will have written."""
+        assert checkpoint_id is not None
+        stored: Future[CheckpointStored] = Future()
+        self.writes.append((checkpoint_id, state, stored))
+        return stored
+
+    def delete(self, checkpoint_ids: Iterable[str]) -> None:
+        """Remove checkpoints at once."""
+        for checkpoint_id in checkpoint_ids:
+            self.checkpoints.pop(checkpoint_id, None)
+
+    def clock(self) -> float:
+        """Return seconds that tests can skip."""
+        return time.monotonic() + self.seconds_skipped
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+        future: Future[GrammarMatcher] = Future()
+        self.compilations.append((grammar, future))
         return future
 
     def _check_plan(self, num_tokens: int) -> None:
@@ -242,6 +340,15 @@ class Simulation:
         assert None not in slots
         assert len(set(slots)) == len(slots), "a slot has two owners"
         assert len(slots) == self.scheduler.num_slots_used, "a slot leaked"
+        assert sequences or not self.scheduler.num_waiting or self.scheduler.has_work, "who waits, waits for nobody"
+
+    def _check_penalties(self) -> None:
+        """Check that a request's penalties see its own tokens, those included that it did not have to consume."""
+        for sequence in self.scheduler._seated:
+            if sequence.phase is Phase.RUNNING:
+                assert sequence.slot is not None
+                consumed = self.runner.consumed[sequence.slot]
+                assert consumed[: len(sequence.request.prompt_ids)] == sequence.request.prompt_ids[: len(consumed)]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_an_id_may_be_chosen_once(http: httpx.Client) -> None:
         {"metadata": {"k" * 65: "x"}},
         {"metadata": {"k": "x" * 513}},
         {"metadata": {"k": 1}},
-        {"items": [{"role": "user", "content": "x"}]},
+        {"items": [{"role": "nobody", "content": "x"}]},
         {"id": "white space"},
         {"color": "blue"},
     ],
@@ -92,7 +92,7 @@ def test_of_two_turns_at_once_one_is_told_to_wait(http: httpx.Client) -> None:
         next(lines)
         refused = turn(http, "contested")
         assert refused.status_code == 409
-        assert error_of(refused)["code"] == "conversation_busy"
+        assert error_of(refused)["code"] == "conversation_locked"
         assert int(refused.headers["retry-after"]) >= 1
         assert list(lines)[-2:] == ["data: [DONE]", ""]
     assert http.get("/v1/conversations/contested").json()["version"] == 1

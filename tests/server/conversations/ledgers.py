@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import msgspec
 from redis.asyncio import Redis
 
 from engine.messages import CheckpointRef
 from engine.token_chain import extend_digest, root_digest
-from server.conversations.ledger import Conversation, Ledger, Turn
+from server.conversations.ledger import Answer, Conversation, Document, Item, Ledger, Turn
 from server.conversations.redis_ledger import RedisLedger
 from server.conversations.sqlite_ledger import SqliteLedger
 from tests.redis_server import RedisServer
@@ -25,6 +26,9 @@ for _, key in ipairs(redis.call('KEYS', 'rk:*')) do
   for _, field in ipairs({'lease_until', 'expires_at'}) do
     local time = redis.call('TYPE', key).ok == 'hash' and tonumber(redis.call('HGET', key, field))
     if time and time > 0 then redis.call('HSET', key, field, time - ARGV[1]) end
+  end
+  if string.sub(key, 1, 6) == 'rk:de:' then
+    for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do redis.call('ZINCRBY', key, -ARGV[1], id) end
   end
   redis.call('PEXPIRE', key, redis.call('PTTL', key) - ARGV[1])
 end
@@ -110,12 +114,16 @@ def new_conversation(conversation_id: str = "acme:talk", ttl_seconds: float = CO
 
 
 def next_turn(
-    head: Conversation | Turn, request_id: str = "request", output_ids: tuple[int, ...] = (7, 65_535)
+    head: Conversation | Turn,
+    request_id: str = "request",
+    output_ids: tuple[int, ...] = (7, 65_535),
+    reply_id: str = "",
 ) -> Turn:
     """Return a turn that continues `head`."""
     prompt_ids = [0, 261, 4_294_967_295]
     return Turn(
         version=head.version + 1,
+        parent_version=head.version,
         prompt_ids=prompt_ids,
         output_ids=list(output_ids),
         chain=extend_digest(head.chain, [*prompt_ids, *output_ids]),
@@ -124,7 +132,53 @@ def next_turn(
         seed=2**64 - 1,
         created_at=1_700_000_001.5,
         request_id=request_id,
+        reply_id=reply_id,
     )
+
+
+def full_turn(head: Conversation | Turn, reply_id: str = "resp_1") -> Turn:
+    """Return a turn that continues `head` and uses every field an entry has."""
+    return msgspec.structs.replace(
+        next_turn(head, reply_id=reply_id),
+        items=[
+            Item(item_id="msg_1", body=b'{"id":"msg_1"}', answer_id="earlier"),
+            Item(item_id="msg_2", body='{"id":"msg_2","text":"Größe"}'.encode()),
+        ],
+        num_carried=1,
+        answers=[Answer(answer_id="earlier", output_ids=[1, 2], opening="Assistant:", hint="Think.")],
+        opening="Assistant:",
+        hint="Be brief.",
+        preamble="System: be kind.",
+        reply=b'{"object":"response"}',
+    )
+
+
+def marker(head: Conversation | Turn, parent: Conversation | Turn, request_id: str = "marker") -> Turn:
+    """Return an entry after `head` that takes the history back to `parent` and adds an item."""
+    return Turn(
+        version=head.version + 1,
+        parent_version=parent.version,
+        prompt_ids=[],
+        output_ids=[],
+        chain=parent.chain,
+        num_tokens=parent.num_tokens,
+        finish_reason="",
+        seed=0,
+        created_at=1_700_000_002.5,
+        request_id=request_id,
+        items=[Item(item_id=f"msg_{request_id}", body=b"{}")],
+    )
+
+
+def document(
+    document_id: str = "chatcmpl-1",
+    body: bytes = b"{}",
+    created_at: float = 1_700_000_000.5,
+    kind: str = "completion",
+    ttl_seconds: float = DAY,
+) -> Document:
+    """Return a document that lives for a day."""
+    return Document(kind=kind, document_id=document_id, body=body, created_at=created_at, ttl_seconds=ttl_seconds)
 
 
 def checkpoint_of(turn: Turn, digit: str) -> CheckpointRef:
@@ -132,9 +186,9 @@ def checkpoint_of(turn: Turn, digit: str) -> CheckpointRef:
     return CheckpointRef(checkpoint_id=digit * 32, num_tokens=turn.num_tokens, chain=turn.chain, num_bytes=1 << 21)
 
 
-async def append(ledger: Ledger, conversation_id: str, request_id: str = "request") -> Turn:
+async def append(ledger: Ledger, conversation_id: str, request_id: str = "request", reply_id: str = "") -> Turn:
     """Add one turn in the orderly way and return it."""
     lease, head = await ledger.acquire(conversation_id, "server", LEASE_TTL)
-    turn = next_turn(head, request_id)
+    turn = next_turn(head, request_id, reply_id=reply_id)
     await ledger.commit(lease, turn)
     return turn

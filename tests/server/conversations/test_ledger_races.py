@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 
+import msgspec
 import pytest
 
+from engine.messages import CheckpointRef
 from engine.token_chain import extend_digest, root_digest
 from server.conversations.ledger import ConversationBusy, ConversationExpired, LeaseLost, Ledger, Turn
 from tests.server.conversations.ledgers import (
@@ -89,6 +91,65 @@ async def test_two_servers_can_sweep_at_once(store: LedgerUnderTest) -> None:
     for conversation_id in ids:
         with pytest.raises(ConversationExpired):
             await store.ledger.get(conversation_id)
+
+
+async def test_racing_creations_with_entries_mix_nothing(store: LedgerUnderTest) -> None:
+    """Of many logs that begin under one id at once, one is there, with all its entries and none of the others'."""
+    ledgers = [store.ledger, await store.another()]
+    logs: list[list[Turn]] = []
+    for number in range(8):
+        turns = [next_turn(new_conversation(ID), output_ids=(number,), reply_id=f"resp_{number}")]
+        turns += [next_turn(turns[0], output_ids=(number,))] * (number % 2)
+        logs.append(turns)
+    outcomes = await asyncio.gather(
+        *(ledgers[number % 2].create(new_conversation(ID), turns) for number, turns in enumerate(logs)),
+        return_exceptions=True,
+    )
+    assert outcomes.count(None) == 1
+    winner = outcomes.index(None)
+    assert await store.ledger.turns(ID) == logs[winner]
+    for number, turns in enumerate(logs):
+        found = await store.ledger.find_reply(ID, f"resp_{number}")
+        assert found == (turns[0] if number == winner else None)
+
+
+async def test_racing_points_name_each_checkpoint_once(store: LedgerUnderTest) -> None:
+    """However servers record and drop at once, a checkpoint is either recorded or given out, and given out once."""
+    await store.ledger.create(new_conversation(ID))
+    turns = [await append(store.ledger, ID) for _ in range(4)]
+    ledgers = [store.ledger, await store.another()]
+    rng = random.Random(5)
+    refs: dict[str, CheckpointRef] = {}
+
+    async def point(number: int) -> list[CheckpointRef]:
+        turn = rng.choice(turns)
+        ref = msgspec.structs.replace(checkpoint_of(turn, "0"), checkpoint_id=f"{number:032x}")
+        refs[ref.checkpoint_id] = ref
+        drop = rng.sample(range(1, 5), rng.randrange(3))
+        return await ledgers[number % 2].point(ID, turn.version, ref, drop)
+
+    given_out = [ref for garbage in await asyncio.gather(*(point(number) for number in range(40))) for ref in garbage]
+    recorded = list((await store.ledger.get(ID)).checkpoints.values())
+    assert sorted(given_out + recorded, key=str) == sorted(refs.values(), key=str)
+
+
+async def test_racing_updates_and_turns_lose_nothing(store: LedgerUnderTest) -> None:
+    """Metadata written while turns are committed are all there in the end, and so are the turns."""
+    await store.ledger.create(new_conversation(ID))
+    other = await store.another()
+
+    async def write() -> None:
+        for _ in range(10):
+            await append(store.ledger, ID)
+
+    async def describe() -> None:
+        for number in range(10):
+            await other.update(ID, metadata={"number": str(number)})
+
+    await asyncio.gather(write(), describe())
+    head = await store.ledger.get(ID)
+    assert (head.version, head.metadata) == (10, {"number": "9"})
+    assert_one_chain(await store.ledger.turns(ID))
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -19,25 +20,32 @@ from server.conversations.ledger import (
     ConversationExpired,
     ConversationNotFound,
     Durability,
+    Lease,
     LeaseLost,
     LedgerCorrupt,
     LedgerUnavailable,
+    Turn,
 )
 from server.conversations.redis_ledger import RedisLedger
 from tests.conftest import ROOT
 from tests.redis_server import RedisServer, free_port
+from tests.server.conversations import first_format
 from tests.server.conversations.ledgers import (
+    CONVERSATION_TTL,
+    DAY,
     LEASE_TTL,
     RedisUnderTest,
     append,
     checkpoint_of,
+    document,
     new_conversation,
     next_turn,
 )
 from tests.server.conversations.lossy_proxy import LossyProxy
 
 ID = "acme:talk"
-HEAD, TURNS = "rk:{acme:talk}:m", "rk:{acme:talk}:t"
+HEAD, TURNS, REPLIES = "rk:{acme:talk}:m", "rk:{acme:talk}:t", "rk:{acme:talk}:r"
+DOCUMENT, CREATION, EXPIRY = "rk:d:{completion}:a", "rk:dc:{completion}", "rk:de:{completion}"
 
 
 @asynccontextmanager
@@ -132,6 +140,12 @@ async def test_a_hanging_redis_is_unavailable_and_recovers(redis_server: RedisSe
                 ledger.create(new_conversation("acme:other")),
                 ledger.point(ID, 1, checkpoint_of(turn, "a")),
                 ledger.sweep(),
+                ledger.update(ID, metadata={}),
+                ledger.find_reply(ID, "resp_1"),
+                ledger.put_document(document()),
+                ledger.get_document("completion", "a"),
+                ledger.delete_document("completion", "a"),
+                ledger.documents("completion"),
             ]
             async with asyncio.timeout(20):
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -186,6 +200,9 @@ async def test_a_full_redis_refuses_and_loses_nothing(redis_server: RedisServer)
             await ledger.commit(lease, next_turn(head))
         with pytest.raises(LedgerUnavailable):
             await ledger.create(new_conversation("acme:other"))
+        with pytest.raises(LedgerUnavailable):
+            await ledger.put_document(document())
+        assert await redis.keys("rk:d*") == []
         assert await ledger.turns(ID) == [turn]
         await ledger.release(lease)
         await redis.config_set("maxmemory", "0")
@@ -231,6 +248,12 @@ async def test_missing_replicas_refuse(redis_server: RedisServer) -> None:
             await ledger.acquire(ID, "server", LEASE_TTL)
 
 
+async def load_scripts(ledger: RedisLedger, redis: Redis) -> None:
+    """Teach Redis all scripts, so that the next reply is a script's, and not that there is no such script."""
+    for script in ledger._redis._scripts.values():
+        await redis.script_load(script.script)
+
+
 # -- lost replies -----------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +262,7 @@ async def test_operations_whose_reply_is_lost_happen_once(lasting_redis: RedisSe
     async with client(lasting_redis) as redis, LossyProxy(lasting_redis.port) as proxy:
         await redis.flushall()
         async with opened(f"redis://127.0.0.1:{proxy.port}/0") as ledger:
+            await load_scripts(ledger, redis)
             proxy.lose_next_reply()
             await ledger.create(new_conversation(ID))
             proxy.lose_next_reply()
@@ -249,16 +273,43 @@ async def test_operations_whose_reply_is_lost_happen_once(lasting_redis: RedisSe
             proxy.lose_next_reply()
             await ledger.commit(lease, turn)
             proxy.lose_next_reply()
-            assert await ledger.point(ID, 1, checkpoint_of(turn, "a")) is None
+            assert await ledger.point(ID, 1, checkpoint_of(turn, "a")) == []
             proxy.lose_next_reply()
             assert await ledger.turns(ID) == [turn]
             lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
-            assert head.checkpoint == checkpoint_of(turn, "a")
+            assert head.checkpoints == {1: checkpoint_of(turn, "a")}
             proxy.lose_next_reply()
             await ledger.release(lease)
             await ledger.acquire(ID, "server", LEASE_TTL)
             with pytest.raises(ConversationBusy):
                 await ledger.acquire(ID, "other", LEASE_TTL)
+        assert proxy.num_lost == 7
+
+
+async def test_what_was_written_although_its_reply_was_lost_counts_as_written(lasting_redis: RedisServer) -> None:
+    """A log that begins with entries, an update, and a document that must be absent are repeated without harm."""
+    async with client(lasting_redis) as redis, LossyProxy(lasting_redis.port) as proxy:
+        await redis.flushall()
+        async with opened(f"redis://127.0.0.1:{proxy.port}/0") as ledger:
+            await load_scripts(ledger, redis)
+            turn = next_turn(new_conversation(ID), reply_id="resp_1")
+            proxy.lose_next_reply()
+            await ledger.create(new_conversation(ID), [turn])
+            assert await ledger.turns(ID) == [turn]
+            proxy.lose_next_reply()
+            assert (await ledger.update(ID, metadata={"a": "1"}, ttl_seconds=9.0)).metadata == {"a": "1"}
+            proxy.lose_next_reply()
+            assert await ledger.find_reply(ID, "resp_1") == turn
+            proxy.lose_next_reply()
+            assert await ledger.put_document(document("a"), if_absent=True)
+            assert not await ledger.put_document(document("a"), if_absent=True)
+            proxy.lose_next_reply()
+            assert await ledger.put_document(document("a", b"new"))
+            proxy.lose_next_reply()
+            assert await ledger.documents("completion") == [document("a", b"new")]
+            proxy.lose_next_reply()
+            await ledger.delete_document("completion", "a")
+            assert await ledger.get_document("completion", "a") is None
         assert proxy.num_lost == 7
 
 
@@ -298,6 +349,10 @@ DAMAGES = {
     "version that is no number": [("HSET", HEAD, "version", "many")],
     "time that is no number": [("HSET", HEAD, "expires_at", "soon")],
     "another chain": [("HSET", HEAD, "chain", "0123456789abcdef")],
+    "metadata that are none": [("HSET", HEAD, "metadata", "x")],
+    "checkpoint that is none": [("HSET", HEAD, "checkpoint:1", "x")],
+    "checkpoint of no version": [("HSET", HEAD, "checkpoint:first", "x")],
+    "time to live that is no number": [("HSET", HEAD, "ttl_ms", "long")],
 }
 
 
@@ -330,6 +385,100 @@ async def test_a_log_that_lost_turns_takes_no_more(redis_ledger: RedisUnderTest)
     assert await redis_ledger.raw.exists(TURNS) == 0
 
 
+REPLY_DAMAGES = {
+    "replies of another type": [("DEL", REPLIES), ("SET", REPLIES, "x")],
+    "version that is no number": [("HSET", REPLIES, "resp_1", "x")],
+    "version of another reply": [("HSET", REPLIES, "resp_1", "2")],
+    "version without a turn": [("HSET", REPLIES, "resp_1", "3")],
+    "truncated record": [("LSET", TURNS, "0", "x")],
+}
+
+
+@pytest.mark.parametrize("damage", REPLY_DAMAGES.values(), ids=REPLY_DAMAGES.keys())
+async def test_a_damaged_reply_is_not_given_out(redis_ledger: RedisUnderTest, damage: list[tuple[str, ...]]) -> None:
+    """An index of replies that is of another type, or leads elsewhere, raises `LedgerCorrupt`."""
+    await redis_ledger.ledger.create(new_conversation(ID))
+    for reply_id in ("resp_1", "resp_2"):
+        await append(redis_ledger.ledger, ID, reply_id=reply_id)
+    for command in damage:
+        await redis_ledger.raw.execute_command(*command)
+    with pytest.raises(LedgerCorrupt):
+        await redis_ledger.ledger.find_reply(ID, "resp_1")
+
+
+DOCUMENT_DAMAGES = {
+    "document of another type": [("DEL", DOCUMENT), ("SET", DOCUMENT, "x")],
+    "truncated record": [("HSET", DOCUMENT, "record", "x")],
+    "another document's record": [("COPY", "rk:d:{completion}:b", DOCUMENT, "REPLACE")],
+}
+
+
+@pytest.mark.parametrize("damage", DOCUMENT_DAMAGES.values(), ids=DOCUMENT_DAMAGES.keys())
+async def test_a_damaged_document_is_not_given_out(redis_ledger: RedisUnderTest, damage: list[tuple[str, ...]]) -> None:
+    """A document that is of another type, cut or swapped raises `LedgerCorrupt`, by itself and in a list."""
+    for document_id in ("a", "b"):
+        await redis_ledger.ledger.put_document(document(document_id))
+    for command in damage:
+        await redis_ledger.raw.execute_command(*command)
+    with pytest.raises(LedgerCorrupt):
+        await redis_ledger.ledger.get_document("completion", "a")
+    with pytest.raises(LedgerCorrupt):
+        await redis_ledger.ledger.documents("completion")
+
+
+# -- keys of the first format -----------------------------------------------------------------------------------------
+
+
+async def write_first_format(redis: Redis) -> list[Turn]:
+    """Write a conversation as the first release did: two turns, and a checkpoint after the first."""
+    first = next_turn(new_conversation(ID))
+    turns = [first, next_turn(first)]
+    expires_at = (await redis.time())[0] * 1000 + 86_400_000
+    fields = {
+        "created_by": "call",
+        "head": first_format.head_record(new_conversation(ID)),
+        "version": 2,
+        "chain": turns[1].chain,
+        "num_tokens": turns[1].num_tokens,
+        "request_id": "request",
+        "ttl_ms": round(CONVERSATION_TTL * 1000),
+        "expires_at": expires_at,
+        "checkpoint_version": 1,
+        "checkpoint": first_format.checkpoint_record(checkpoint_of(first, "a")),
+        "fence": 2,
+    }
+    await redis.hset(HEAD, mapping=fields)
+    await redis.rpush(TURNS, *(first_format.turn_record(ID, turn) for turn in turns))
+    return turns
+
+
+async def test_a_conversation_of_the_first_format_goes_on(redis_ledger: RedisUnderTest) -> None:
+    """It keeps its turns and its checkpoint, takes new turns, and gives its checkpoint up when it is dropped."""
+    ledger = redis_ledger.ledger
+    turns = await write_first_format(redis_ledger.raw)
+    assert await ledger.get(ID) == msgspec.structs.replace(
+        new_conversation(ID),
+        version=2,
+        chain=turns[1].chain,
+        num_tokens=turns[1].num_tokens,
+        checkpoints={1: checkpoint_of(turns[0], "a")},
+    )
+    turns.append(await append(ledger, ID, reply_id="resp_1"))
+    assert await ledger.turns(ID) == turns
+    assert await ledger.find_reply(ID, "resp_1") == turns[2]
+    assert await ledger.point(ID, 3, checkpoint_of(turns[2], "b")) == []
+    assert list((await ledger.get(ID)).checkpoints) == [1, 3]
+    assert await ledger.point(ID, 2, checkpoint_of(turns[1], "c"), drop=[1]) == [checkpoint_of(turns[0], "a")]
+    assert list((await ledger.get(ID)).checkpoints) == [2, 3]
+
+
+async def test_a_checkpoint_of_the_first_format_is_swept(redis_ledger: RedisUnderTest) -> None:
+    """A conversation that expires before anything new happens to it still names its checkpoint."""
+    turns = await write_first_format(redis_ledger.raw)
+    await redis_ledger.raw.hset(HEAD, "expires_at", 1)
+    assert await redis_ledger.ledger.sweep() == [checkpoint_of(turns[0], "a")]
+
+
 class DeletedMeanwhile(RedisLedger):
     """A ledger that loses a race: another server deletes the conversation between its two steps of reading."""
 
@@ -360,14 +509,24 @@ async def test_every_key_is_tagged_and_ends(redis_ledger: RedisUnderTest) -> Non
     ledger, raw = redis_ledger.ledger, redis_ledger.raw
     for conversation_id in (ID, "acme:}{"):
         await ledger.create(new_conversation(conversation_id))
-        await append(ledger, conversation_id)
-    await ledger.create(new_conversation("acme:deleted"))
+        await append(ledger, conversation_id, reply_id="resp_1")
+    await ledger.create(new_conversation("acme:deleted"), [next_turn(new_conversation(), reply_id="resp_1")])
     await ledger.delete("acme:deleted")
+    await ledger.create(new_conversation("acme:begun"), [next_turn(new_conversation(), reply_id="resp_1")])
+    await ledger.put_document(document("}a{", kind="}k{"))
     assert sorted(await raw.keys()) == [
+        b"rk:d:{%7Dk%7B}:}a{",
+        b"rk:dc:{%7Dk%7B}",
+        b"rk:de:{%7Dk%7B}",
         b"rk:{acme:%7D%7B}:m",
+        b"rk:{acme:%7D%7B}:r",
         b"rk:{acme:%7D%7B}:t",
+        b"rk:{acme:begun}:m",
+        b"rk:{acme:begun}:r",
+        b"rk:{acme:begun}:t",
         b"rk:{acme:deleted}:m",
         b"rk:{acme:talk}:m",
+        b"rk:{acme:talk}:r",
         b"rk:{acme:talk}:t",
     ]
     assert all([await raw.pttl(key) > 0 for key in await raw.keys()])
@@ -376,9 +535,41 @@ async def test_every_key_is_tagged_and_ends(redis_ledger: RedisUnderTest) -> Non
 async def test_nothing_of_a_deleted_conversation_is_left(redis_ledger: RedisUnderTest) -> None:
     """A tombstone holds no token, no text and no name of a model (promise P20)."""
     await redis_ledger.ledger.create(new_conversation(ID))
-    await append(redis_ledger.ledger, ID)
+    await append(redis_ledger.ledger, ID, reply_id="resp_1")
+    await redis_ledger.ledger.update(ID, metadata={"topic": "harps"})
     await redis_ledger.ledger.delete(ID)
+    assert await redis_ledger.raw.keys() == [HEAD.encode()]
     assert await redis_ledger.raw.hgetall(HEAD) == {b"expires_at": b"0"}
+
+
+async def test_the_keys_of_a_kind_live_as_long_as_its_documents(redis_ledger: RedisUnderTest) -> None:
+    """A document that lives shorter than the others does not take the order of the others with it."""
+    ledger, raw = redis_ledger.ledger, redis_ledger.raw
+    await ledger.put_document(document("a", ttl_seconds=DAY))
+    await ledger.put_document(document("b", ttl_seconds=1))
+    for key in (CREATION, EXPIRY):
+        assert abs(await raw.pttl(key) - DAY * 1000) < 60_000
+    await ledger.put_document(document("c", ttl_seconds=2 * DAY))
+    for key in (CREATION, EXPIRY):
+        assert abs(await raw.pttl(key) - 2 * DAY * 1000) < 60_000
+
+
+async def test_expired_documents_leave_no_names_behind(redis_ledger: RedisUnderTest) -> None:
+    """A new document, or a list that meets them, takes the names of expired ones away; a deleted one takes its own."""
+    ledger, raw = redis_ledger.ledger, redis_ledger.raw
+    for document_id in "abc":
+        await ledger.put_document(document(document_id, ttl_seconds=1))
+    await ledger.put_document(document("lasting"))
+    await redis_ledger.travel(2)
+    await ledger.put_document(document("new"))
+    for key in (CREATION, EXPIRY):
+        assert sorted(await raw.zrange(key, 0, -1)) == [b"lasting", b"new"]
+    await ledger.put_document(document("d", ttl_seconds=1))
+    await redis_ledger.travel(2)
+    await ledger.documents("completion")
+    await ledger.delete_document("completion", "new")
+    for key in (CREATION, EXPIRY):
+        assert await raw.zrange(key, 0, -1) == [b"lasting"]
 
 
 # -- secrets, and the deployed settings -------------------------------------------------------------------------------
@@ -404,29 +595,60 @@ def deployed_redis(tmp_path: Path) -> RedisServer:
     return RedisServer(tmp_path / "deployed", "--include", str(ROOT / "deploy/redis/ledger.conf"))
 
 
+async def use_everything(ledger: RedisLedger) -> None:
+    """Do whatever a ledger does."""
+    await ledger.create(new_conversation(ID))
+    turn = await append(ledger, ID, reply_id="resp_1")
+    lease, _ = await ledger.acquire(ID, "server", LEASE_TTL)
+    await ledger.renew(lease)
+    await ledger.point(ID, 1, checkpoint_of(turn, "a"))
+    turns = [turn, await append_under(ledger, lease, turn)]
+    await ledger.point(ID, 2, checkpoint_of(turns[1], "b"), drop=[1])
+    assert await ledger.turns(ID) == turns
+    assert await ledger.find_reply(ID, "resp_1") == turn
+    await ledger.update(ID, metadata={"a": "1"}, ttl_seconds=CONVERSATION_TTL)
+    assert await ledger.sweep() == []
+    await ledger.create(new_conversation("acme:short", ttl_seconds=0.001), turns)
+    await ledger.put_document(document("short", ttl_seconds=0.001))
+    await asyncio.sleep(0.01)
+    await ledger.sweep()
+    await ledger.delete(ID)
+    for document_id in "abc":
+        assert await ledger.put_document(document(document_id), if_absent=True)
+    for newest_first in (False, True):
+        page = await ledger.documents("completion", after="b", newest_first=newest_first)
+        assert page == [document("a" if newest_first else "c")]
+    assert await ledger.get_document("completion", "a") == document("a")
+    assert await ledger.delete_document("completion", "a")
+
+
+async def append_under(ledger: RedisLedger, lease: Lease, head: Turn) -> Turn:
+    """Commit the next turn under a lease and return it."""
+    turn = next_turn(head)
+    await ledger.commit(lease, turn)
+    return turn
+
+
 async def test_the_shipped_settings_and_rights_suffice(
     deployed_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With `ledger.conf`, as the user of `users.acl`, everything a ledger does works, and it has nothing to warn of."""
+    """With `ledger.conf`, as the user of `users.acl`, everything a ledger does works, and it has nothing to warn of.
+
+    It uses each of its rights, but those that only some addresses, versions of Redis or mishaps call for.
+    """
     rules = dict(line.split(maxsplit=2)[1:] for line in (ROOT / "deploy/redis/users.acl").read_text().splitlines())
+    rights = {rule.removeprefix("+") for rule in rules["sostenuto-ledger"].split() if rule.startswith("+")}
     with deployed_redis:
         async with client(deployed_redis) as redis:
             await redis.execute_command("ACL", "SETUSER", "sostenuto-ledger", *rules["sostenuto-ledger"].split())
-        url = deployed_redis.url.replace("redis://", "redis://sostenuto-ledger:change-me@")
-        async with opened(url) as ledger:
-            assert ledger.durability is Durability.ACKED
-            await ledger.create(new_conversation(ID))
-            turn = await append(ledger, ID)
-            lease, _ = await ledger.acquire(ID, "server", LEASE_TTL)
-            await ledger.renew(lease)
-            await ledger.point(ID, 1, checkpoint_of(turn, "a"))
-            assert await ledger.turns(ID) == [turn]
-            assert await ledger.sweep() == []
-            await ledger.create(new_conversation("acme:short", ttl_seconds=0.001))
-            await asyncio.sleep(0.01)
-            await ledger.sweep()
-            await ledger.delete(ID)
+            await redis.config_resetstat()
+            url = deployed_redis.url.replace("redis://", "redis://sostenuto-ledger:change-me@")
+            async with opened(url) as ledger:
+                assert ledger.durability is Durability.ACKED
+                await use_everything(ledger)
+            used = {name.removeprefix("cmdstat_") for name in await redis.info("commandstats")}
     assert caplog.text == ""
+    assert rights - used <= {"auth", "hello", "select", "info"}
 
 
 async def test_a_server_that_hides_its_settings_is_believed_to_be_acked(redis_server: RedisServer) -> None:

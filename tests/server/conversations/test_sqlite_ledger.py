@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from server.conversations import sqlite_log
+from server.conversations import sqlite_file
 from server.conversations.ledger import (
     ConversationBusy,
     ConversationExpired,
@@ -24,14 +25,19 @@ from server.conversations.ledger import (
     LeaseLost,
     LedgerCorrupt,
     LedgerUnavailable,
+    Turn,
 )
 from server.conversations.sqlite_ledger import SqliteLedger
 from server.conversations.sqlite_log import steady_clock
 from tests.conftest import ROOT
+from tests.server.conversations import first_format
 from tests.server.conversations.ledgers import (
     CONVERSATION_TTL,
+    DAY,
     LEASE_TTL,
     append,
+    checkpoint_of,
+    document,
     new_conversation,
     next_turn,
 )
@@ -103,8 +109,8 @@ async def test_commits_are_synced_and_said_to_be(path: Path) -> None:
     """The durability of a file is `fsynced`, of memory `memory`; the file is in WAL mode with full synchronisation."""
     async with opened(path) as ledger:
         assert ledger.durability is Durability.FSYNCED
-        assert await ledger._run(ledger._log._value, "PRAGMA synchronous") == 2
-        assert await ledger._run(ledger._log._value, "PRAGMA journal_mode") == "wal"
+        assert await ledger._run(ledger._file.value, "PRAGMA synchronous") == 2
+        assert await ledger._run(ledger._file.value, "PRAGMA journal_mode") == "wal"
     assert SqliteLedger(None).durability is Durability.MEMORY
 
 
@@ -259,9 +265,10 @@ def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
         "UPDATE conversations SET version = 2",
         "UPDATE conversations SET chain = zeroblob(16)",
         "UPDATE conversations SET head = x'ff'",
-        "UPDATE conversations SET head = CAST(x'9202' || substr(head, 3) AS BLOB)",
+        "UPDATE conversations SET head = CAST(x'9203' || substr(head, 3) AS BLOB)",
         "UPDATE conversations SET head = (SELECT head FROM conversations WHERE conversation_id = 'acme:other')",
-        "UPDATE conversations SET checkpoint = x'c0'",
+        "UPDATE conversations SET metadata = x'c0'",
+        "UPDATE checkpoints SET record = x'c0'",
     ],
 )
 async def test_a_damaged_record_is_never_continued_from(path: Path, damage: str) -> None:
@@ -271,12 +278,126 @@ async def test_a_damaged_record_is_never_continued_from(path: Path, damage: str)
         await append(ledger, "acme:other")
         await ledger.create(new_conversation(ID))
         for _ in range(3):
-            await append(ledger, ID)
+            turn = await append(ledger, ID)
+        await ledger.point(ID, 3, checkpoint_of(turn, "a"))
     with edited(path) as file:
         file.execute(damage)
     async with opened(path) as ledger:
         with pytest.raises(LedgerCorrupt):
             await ledger.turns(ID)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE turns SET record = x'00' WHERE version = 1",
+        "UPDATE turns SET record = (SELECT record FROM turns WHERE version = 2) WHERE version = 1",
+        "UPDATE turns SET reply_id = NULL WHERE version = 1; UPDATE turns SET reply_id = 'resp_1' WHERE version = 2",
+        "UPDATE documents SET record = x'00'",
+        "UPDATE documents SET record = (SELECT record FROM documents WHERE document_id = 'b')",
+    ],
+)
+async def test_a_damaged_record_answers_nothing(path: Path, damage: str) -> None:
+    """A reply or a document that is cut, or somebody else's, raises `LedgerCorrupt`."""
+    async with opened(path) as ledger:
+        await ledger.create(new_conversation(ID))
+        for reply_id in ("resp_1", "resp_2"):
+            await append(ledger, ID, reply_id=reply_id)
+        for document_id in ("a", "b"):
+            await ledger.put_document(document(document_id))
+    with edited(path) as file:
+        file.executescript(damage)
+    async with opened(path) as ledger:
+        asks = (
+            (ledger.get_document("completion", "a"), ledger.documents("completion"))
+            if "documents" in damage
+            else (ledger.find_reply(ID, "resp_1"),)
+        )
+        for ask in asks:
+            with pytest.raises(LedgerCorrupt):
+                await ask
+
+
+# -- files of the first schema ----------------------------------------------------------------------------------------
+
+
+def write_first_schema(path: Path) -> list[Turn]:
+    """Write a file as the first release did: three turns with a checkpoint, an empty conversation, a tombstone."""
+    path.parent.mkdir()
+    first = next_turn(new_conversation(ID))
+    second = next_turn(first)
+    turns = [first, second, next_turn(second)]
+    expires_at = time.time() + CONVERSATION_TTL
+    with edited(path) as file:
+        file.executescript(first_format.SCHEMA)
+        for conversation_id, version, checkpoint in (
+            (ID, 3, first_format.checkpoint_record(checkpoint_of(second, "a"))),
+            ("acme:empty", 0, None),
+        ):
+            conversation = new_conversation(conversation_id)
+            head = turns[version - 1] if version else conversation
+            file.execute(
+                "INSERT INTO conversations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    conversation_id,
+                    first_format.head_record(conversation),
+                    version,
+                    head.chain,
+                    head.num_tokens,
+                    "request" if version else None,
+                    CONVERSATION_TTL,
+                    expires_at,
+                    checkpoint,
+                    2 if checkpoint else 0,
+                ),
+            )
+        for turn in turns:
+            record = first_format.turn_record(ID, turn)
+            file.execute("INSERT INTO turns VALUES (?, ?, ?)", (ID, turn.version, record))
+        file.execute("INSERT INTO tombstones VALUES ('acme:gone', ?)", (expires_at,))
+    return turns
+
+
+async def test_a_file_of_the_first_schema_goes_on(path: Path) -> None:
+    """Its conversations keep their turns and checkpoints, gain what is new, and outlive the next restart."""
+    turns = write_first_schema(path)
+    async with opened(path) as ledger:
+        head = await ledger.get(ID)
+        assert head == msgspec.structs.replace(
+            new_conversation(ID),
+            version=3,
+            chain=turns[2].chain,
+            num_tokens=turns[2].num_tokens,
+            checkpoints={2: checkpoint_of(turns[1], "a")},
+        )
+        assert await ledger.get("acme:empty") == new_conversation("acme:empty")
+        assert await ledger.turns(ID) == turns
+        with pytest.raises(ConversationExpired):
+            await ledger.get("acme:gone")
+        lease, _ = await ledger.acquire("acme:empty", "server", LEASE_TTL)
+        assert lease.fence >= 8 << 32  # later than those of the last release's process
+        turns.append(await append(ledger, ID, reply_id="resp_1"))
+        garbage = await ledger.point(ID, 4, checkpoint_of(turns[3], "b"), drop=[2])
+        assert garbage == [checkpoint_of(turns[1], "a")]
+        await ledger.put_document(document())
+    async with opened(path) as ledger:
+        assert await ledger.turns(ID) == turns
+        assert await ledger.find_reply(ID, "resp_1") == turns[3]
+        assert (await ledger.get(ID)).checkpoints == {4: checkpoint_of(turns[3], "b")}
+        assert await ledger.get_document("completion", "chatcmpl-1") == document()
+
+
+async def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
+    """A file whose schema cannot be brought up to date is refused as it was."""
+    write_first_schema(path)
+    with edited(path) as file:
+        file.execute("CREATE TABLE documents (mine TEXT)")
+        before = list(file.iterdump())
+    with pytest.raises(LedgerUnavailable, match="documents"):
+        await SqliteLedger(path).open()
+    with edited(path) as file:
+        assert list(file.iterdump()) == before
+        assert file.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 # -- the disk ---------------------------------------------------------------------------------------------------------
@@ -289,11 +410,11 @@ async def test_a_full_disk_refuses_and_loses_nothing(path: Path) -> None:
         turn = await append(ledger, ID)
         lease, head = await ledger.acquire(ID, "server", LEASE_TTL)
         too_long = next_turn(head, output_ids=tuple(range(100_000)))
-        await ledger._run(ledger._log._value, "PRAGMA max_page_count = 12")
+        await ledger._run(ledger._file.value, "PRAGMA max_page_count = 12")
         with pytest.raises(LedgerUnavailable, match="full"):
             await ledger.commit(lease, too_long)
         assert await ledger.turns(ID) == [turn]
-        await ledger._run(ledger._log._value, "PRAGMA max_page_count = 1000000")
+        await ledger._run(ledger._file.value, "PRAGMA max_page_count = 1000000")
         await ledger.commit(lease, too_long)
         assert await ledger.turns(ID, 1) == [too_long]
 
@@ -333,7 +454,7 @@ async def test_a_failed_sync_ends_the_service(path: Path, monkeypatch: pytest.Mo
     """After a failed fsync nothing more is acknowledged: what the disk holds is no longer known."""
     connect = sqlite3.connect
     monkeypatch.setattr(
-        sqlite_log.sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=UnsyncedConnection, **kwargs)
+        sqlite_file.sqlite3, "connect", lambda *args, **kwargs: connect(*args, factory=UnsyncedConnection, **kwargs)
     )
     async with opened(path) as ledger:
         await ledger.create(new_conversation(ID))
@@ -356,3 +477,23 @@ async def test_deleted_text_leaves_the_disk(path: Path) -> None:
         assert is_on_disk()
         await ledger.delete(ID)
         assert not is_on_disk()
+
+
+async def test_a_deleted_document_leaves_the_disk(path: Path) -> None:
+    """A document's text is in no file of the ledger any more once it is deleted, or swept after its time."""
+    now = 1_000.0
+    ledger = SqliteLedger(path, clock=lambda: now)
+    await ledger.open()
+
+    def is_on_disk() -> bool:
+        return any(b"very-secret-reply" in file.read_bytes() for file in path.parent.iterdir())
+
+    await ledger.put_document(document("a", b"very-secret-reply"))
+    assert is_on_disk()
+    await ledger.delete_document("completion", "a")
+    assert not is_on_disk()
+    await ledger.put_document(document("a", b"very-secret-reply"))
+    now += DAY
+    await ledger.sweep()
+    await ledger.close()
+    assert not is_on_disk()

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from server.templates import BUILTIN, AnswerReader
 from server.templates.template import Opening
 
-WORLD = BUILTIN["world"].openings[None]
-THINK = BUILTIN["g1"].openings[None]
-NO_THINK = BUILTIN["g1"].openings["none"]
-RAW = BUILTIN["raw"].openings[None]
+WORLD = BUILTIN["world"].opening
+THINK = BUILTIN["g1"].opening
+NO_THINK = BUILTIN["g1"].efforts["none"]
+RAW = BUILTIN["raw"].opening
+LONG = Opening("<|", thinking=True, completion="<think>>", skips_space=True)  # of which `<` may also end the thought
 
 
 def read(opening: Opening, pieces: list[str]) -> tuple[str, str]:
@@ -40,6 +41,10 @@ def read(opening: Opening, pieces: list[str]) -> tuple[str, str]:
         (THINK, ">never finished </thi", "never finished </thi", ""),
         (THINK, ">\n", "", ""),
         (THINK, "", "", ""),
+        (LONG, "<think>> a</think>b", "a", "b"),
+        (LONG, "<think> a</think>b", "<think> a", "b"),
+        (LONG, "<thi</think>\n b", "<thi", "b"),
+        (LONG, "<thin", "<thin", ""),
     ],
 )
 def test_answer(opening: Opening, text: str, reasoning: str, content: str) -> None:
@@ -48,8 +53,8 @@ def test_answer(opening: Opening, text: str, reasoning: str, content: str) -> No
     assert read(opening, list(text)) == (reasoning, content)
 
 
-@pytest.mark.parametrize("opening", [WORLD, THINK, NO_THINK, RAW])
-@given(pieces=st.lists(st.sampled_from([">", " ", "\n", "</think>", "</th", "ink>", "<", "/", "a", "好"])))
+@pytest.mark.parametrize("opening", [WORLD, THINK, NO_THINK, RAW, LONG])
+@given(pieces=st.lists(st.sampled_from([">", " ", "\n", "</think>", "<think>>", "</th", "ink>", "<", "/", "a", "好"])))
 def test_any_cut_gives_the_same(opening: Opening, pieces: list[str]) -> None:
     """How the text was cut does not show in what is read."""
     assert read(opening, pieces) == read(opening, ["".join(pieces)])

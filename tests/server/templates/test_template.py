@@ -10,7 +10,8 @@ from engine.tokenizer.world import WorldTokenizer
 from server.templates import BUILTIN, Message, Template, TemplateError, render
 
 WORLD, G1, G1H, RAW = (BUILTIN[name] for name in ("world", "g1", "g1h", "raw"))
-CHAT = [WORLD, G1, G1H]
+WORLD_V4, RAVEN, INSTRUCTION = (BUILTIN[name] for name in ("world-v4", "raven", "instruction"))
+CHAT = [WORLD, G1, G1H, RAVEN, INSTRUCTION]
 
 SYSTEM = Message("system", "Be brief.")
 HI = Message("user", "hi")
@@ -129,7 +130,15 @@ def test_questions_are_cleaned(template: Template, content: str, cleaned: str) -
 def test_answers_keep_their_blank_lines(template: Template) -> None:
     """What a client sends back as an answer loses only the space around it."""
     text = render([HI, Message("assistant", " one\n\n    two\n"), HI], template, first=True).text
-    assert template.headers["assistant"] + "one\n\n    two" + template.border in text
+    assert template.past_opening + template.lead + "one\n\n    two" + template.border in text
+
+
+def test_what_follows_an_instruction_is_its_input() -> None:
+    """A question is an instruction itself, unless a system text directly before it is: then it is the input to that."""
+    parts = [SYSTEM, HI, HELLO, HI]
+    told = "Instruction: Be brief.\n\nInput: hi\n\nResponse: Hello\n\nInstruction: hi\n\nResponse:"
+    assert render(parts, INSTRUCTION, first=True).text == told
+    assert render([HI], INSTRUCTION, first=True).text == "Instruction: hi\n\nResponse:"
 
 
 def test_raw_changes_nothing() -> None:
@@ -168,7 +177,7 @@ def test_a_question_cannot_end_its_turn(template: Template, content: str) -> Non
 @pytest.mark.parametrize("template", CHAT)
 def test_prompts_never_end_in_a_space(template: Template) -> None:
     """A space at the end would be torn from the word the model is about to write."""
-    for effort in template.openings:
+    for effort in (None, *template.efforts):
         text = render([HI], template, first=True, reasoning_effort=effort).text
         assert text == text.rstrip()
 
@@ -177,13 +186,16 @@ def test_stops() -> None:
     """An answer ends where the model begins to write another turn."""
     assert WORLD.stop_strings == G1.stop_strings == ("\n\nUser:", "\nUser:", "\n\nSystem:")
     assert G1H.stop_strings == ("✿",)
+    assert WORLD_V4.stop_strings == ("\n\n", "\nUser:")
+    assert RAVEN.stop_strings == ("\n\n", "\nBob:")
+    assert INSTRUCTION.stop_strings == ("\n\nInstruction:", "\nInstruction:", "\n\nInput:")
 
 
 @pytest.mark.parametrize(
     ("messages", "field", "said"),
     [
         ([], "messages", "no message"),
-        ([Message("tool", "42"), HI], "messages[0].role", "known are: system, developer, user, assistant"),
+        ([Message("narrator", "42"), HI], "messages[0].role", "known are: system, developer, user, assistant, tool"),
         ([HI, HELLO], "messages[1].role", "can't be continued"),
         ([SYSTEM, Message("user", "")], "messages[1].content", "empty"),
     ],

@@ -1,0 +1,161 @@
+"""`/v1/responses`: answers that can be continued, asked for again, and picked up where a connection broke."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query, Request
+from fastapi import Response as HttpResponse
+
+from server.api.operations import Router
+from server.api.replies import page_of
+from server.api.requests import check_model
+from server.conversations.ledger import LedgerError
+from server.errors import BadRequest
+from server.generation import Generation
+from server.parsing import json_body
+from server.responses.answering import Answering
+from server.responses.errors import ResponseNotFound
+from server.responses.log import is_hidden
+from server.responses.writer import Event, frames_after
+from server.schemas.items import ItemList
+from server.schemas.responses import (
+    RESPONSE_ID,
+    InputTokensReply,
+    InputTokensRequest,
+    Response,
+    ResponseDeleted,
+    ResponseRequest,
+)
+from server.services import ServicesOf
+from server.streaming import RecordedStream, json_response, respond
+from server.tenants import budget_of, tenant_of
+
+router = Router()
+
+_IS_ID = re.compile(RESPONSE_ID)
+
+
+def _existing(response_id: str) -> str:
+    if _IS_ID.fullmatch(response_id) is None:
+        raise ResponseNotFound(response_id)
+    return response_id
+
+
+Id = Annotated[str, Depends(_existing)]
+
+
+LINK = {"response_id": "$response.body#/id"}
+
+
+@router.operation(
+    "POST",
+    "/v1/responses",
+    body=ResponseRequest,
+    reply=Response,
+    chunk=Event,
+    errors=[404, 409, 410],
+    links={"retrieve_response": LINK, "list_input_items": LINK, "delete_response": LINK, "cancel_response": LINK},
+)
+async def create_response(
+    request: Request, body: Annotated[ResponseRequest, Depends(json_body(ResponseRequest))], services: ServicesOf
+) -> HttpResponse:
+    """Answer the input."""
+    check_model(body.model, services)
+    answering = Answering(services, body, tenant_of(request))
+    writer = answering.writer
+
+    def begin() -> Generation:
+        return Generation(services.drain, budget_of(request), answering.work)
+
+    if not body.background:
+        return await respond(request, begin(), writer, services.metrics.http, stream=body.stream)
+    await answering.announce("queued")
+    run = services.runs.start(answering.draft.response_id, begin, writer)
+    if body.stream:
+        return RecordedStream(run.read(), services.metrics.http)
+    return json_response(answering.draft.begun("queued"))
+
+
+@router.operation(
+    "POST", "/v1/responses/input_tokens", body=InputTokensRequest, reply=InputTokensReply, errors=[404, 409, 410]
+)
+async def count_input_tokens(
+    request: Request, body: Annotated[InputTokensRequest, Depends(json_body(InputTokensRequest))], services: ServicesOf
+) -> HttpResponse:
+    """Say how many tokens the model would read for an input, history included."""
+    check_model(body.model, services)
+    answering = Answering(services, body.model_copy(update={"store": False}), tenant_of(request))
+    return json_response(InputTokensReply(input_tokens=await answering.count()))
+
+
+@router.operation("GET", "/v1/responses/{response_id}", reply=Response, chunk=Event, errors=[400, 404])
+async def retrieve_response(
+    request: Request,
+    response_id: Id,
+    services: ServicesOf,
+    stream: bool = False,
+    starting_after: Annotated[int | None, Query(ge=0)] = None,
+) -> HttpResponse:
+    """Return a response as it stands, or its events from behind number `starting_after` on."""
+    stored = await services.archive.find(tenant_of(request), response_id)
+    if not stream:
+        if starting_after is not None:
+            raise BadRequest("starting_after: only for streams.", "starting_after")
+        return json_response(stored.response)
+    start = 0 if starting_after is None else starting_after + 1
+    run = services.runs.find(response_id)
+    if run is not None:
+        return RecordedStream(run.read(start), services.metrics.http)
+    return RecordedStream(_once(frames_after(stored.response, start)), services.metrics.http)
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+@router.operation("DELETE", "/v1/responses/{response_id}", reply=ResponseDeleted, errors=[404])
+async def delete_response(request: Request, response_id: Id, services: ServicesOf) -> HttpResponse:
+    """Delete a response. What it said stays while its chain is continued, and goes with the last response of that."""
+    tenant = tenant_of(request)
+    run = services.runs.find(response_id)
+    if run is not None:
+        run.cancel()
+        await run.wait()
+    stored = await services.archive.delete(tenant, response_id)
+    with contextlib.suppress(LedgerError):
+        if is_hidden(stored.log_id) and not await services.archive.is_asked_for(tenant, stored.log_id):
+            await services.turns.delete(stored.log_id)
+    return json_response(ResponseDeleted(id=response_id))
+
+
+@router.operation("POST", "/v1/responses/{response_id}/cancel", reply=Response, errors=[400, 404])
+async def cancel_response(request: Request, response_id: Id, services: ServicesOf) -> HttpResponse:
+    """End a response that is generated in the background; one that has ended stays as it is."""
+    tenant = tenant_of(request)
+    stored = await services.archive.find(tenant, response_id)
+    if not stored.response.background:
+        raise BadRequest("response_id: only a response in the background can be cancelled.", "response_id")
+    run = services.runs.find(response_id)
+    if run is not None:
+        run.cancel()
+        await run.wait()
+        stored = await services.archive.find(tenant, response_id)
+    return json_response(stored.response)
+
+
+@router.operation("GET", "/v1/responses/{response_id}/input_items", reply=ItemList, errors=[400, 404])
+async def list_input_items(
+    request: Request,
+    response_id: Id,
+    services: ServicesOf,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> HttpResponse:
+    """Return a page of what the response was asked."""
+    stored = await services.archive.find(tenant_of(request), response_id)
+    return json_response(page_of(stored.inputs, after=after, limit=limit, newest_first=order == "desc"))

@@ -1,0 +1,1 @@
+"""Responses: answers with ids of their own, chained, stored, streamed, and picked up again."""

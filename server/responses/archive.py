@@ -1,0 +1,114 @@
+"""Responses that can be asked for again.
+
+A finished response is part of its turn, and so committed with it. Beside it stands a pointer, written before the turn
+begins: which log to look in, and what is known of a response that has not come to an end, or to a bad one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from server.conversations.history import scoped
+from server.conversations.ledger import (
+    ConversationExpired,
+    ConversationNotFound,
+    Document,
+    Item,
+    Ledger,
+    Turn,
+)
+from server.presence import Presence
+from server.responses.errors import ResponseNotFound
+from server.schemas.responses import Response, ResponseFailure
+
+KIND = "response"
+
+
+class Pointer(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a response will be, and what it is until then."""
+
+    log_id: str
+    owner: str  # the server that generates it
+    response: Response
+    inputs: list[msgspec.Raw]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A response as it stands, and the turn that it is part of once it has one."""
+
+    log_id: str
+    response: Response
+    inputs: list[msgspec.Raw]
+    turn: Turn | None = None
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Pointer)
+_response_decoder = msgspec.json.Decoder(Response)
+
+LOST = ResponseFailure(code="server_restarted", message="The server ended before the response was complete.")
+
+
+class Archive:
+    """The responses of all tenants."""
+
+    def __init__(self, ledger: Ledger, presence: Presence, ttl_seconds: float) -> None:
+        self._ledger = ledger
+        self._presence = presence
+        self._ttl_seconds = ttl_seconds
+
+    async def note(self, tenant: str, log_id: str, response: Response, inputs: Sequence[Item]) -> None:
+        """Remember how a response stands that is not, or never will be, part of a turn of the log."""
+        pointer = Pointer(
+            log_id=log_id,
+            owner=self._presence.owner,
+            response=response,
+            inputs=[msgspec.Raw(item.body) for item in inputs],
+        )
+        document = Document(
+            kind=KIND,
+            document_id=scoped(tenant, response.id),
+            body=_encoder.encode(pointer),
+            created_at=time.time(),
+            ttl_seconds=self._ttl_seconds,
+        )
+        await self._ledger.put_document(document)
+
+    async def find(self, tenant: str, response_id: str) -> Stored:
+        """Return a response; raises `ResponseNotFound`."""
+        document = await self._ledger.get_document(KIND, scoped(tenant, response_id))
+        if document is None:
+            raise ResponseNotFound(response_id)
+        pointer = _decoder.decode(document.body)
+        turn = await self._turn(pointer.log_id, response_id)
+        if turn is not None:
+            inputs = [msgspec.Raw(item.body) for item in turn.items[turn.num_carried :] if not item.answer_id]
+            return Stored(pointer.log_id, _response_decoder.decode(turn.reply), inputs, turn)
+        response = pointer.response
+        if response.status in ("queued", "in_progress") and not await self._presence.lives(pointer.owner):
+            response = msgspec.structs.replace(response, status="failed", error=LOST)
+        return Stored(pointer.log_id, response, pointer.inputs)
+
+    async def delete(self, tenant: str, response_id: str) -> Stored:
+        """Let nobody find the response any more; returns it as it was; raises `ResponseNotFound`."""
+        stored = await self.find(tenant, response_id)
+        await self._ledger.delete_document(KIND, scoped(tenant, response_id))
+        return stored
+
+    async def is_asked_for(self, tenant: str, log_id: str) -> bool:
+        """Say whether any response of the log can still be found, newest first."""
+        for turn in reversed(await self._ledger.turns(log_id)):
+            if turn.reply_id and await self._ledger.get_document(KIND, scoped(tenant, turn.reply_id)) is not None:
+                return True
+        return False
+
+    async def _turn(self, log_id: str, response_id: str) -> Turn | None:
+        try:
+            return await self._ledger.find_reply(log_id, response_id)
+        except (ConversationNotFound, ConversationExpired):
+            return None
