@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
+<<<<<<< HEAD
 .PHONY: help install serve test check format train-default bench bench-peers clean
+=======
+.PHONY: help install serve test check format shakespeare train-default bench clean
+>>>>>>> training
 
 help:
 	@echo "make serve [MODEL=path] [ARGS='--port 8000']   start the server"
 	@echo "make test [ARGS='-k name']                     run all tests"
 	@echo "make check                                     lint, format, types"
+	@echo "make shakespeare DATA=dir                      train a first small model and sample from it"
 	@echo "make bench                                     measure; last line is one JSON object"
 	@echo "make bench-peers                               measure beside other implementations, llama.cpp built for it"
 
@@ -38,6 +43,12 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A first model, from text to sample; DATA holds text/tinyshakespeare.txt.gz. Interrupted, it goes on where it stopped.
+shakespeare: install
+	$(BIN)/python -m training train --config training/examples/tinyshakespeare.toml --run runs/shakespeare --data $(DATA) $(ARGS)
+	$(BIN)/python -m training export --run runs/shakespeare --to runs/shakespeare/model
+	$(BIN)/python -m training generate --model runs/shakespeare/model --prompt "ROMEO:" --max-tokens 300
 
 train-default: install
 	$(BIN)/python -m training train --config models/default/train.toml --run runs/default --data $(DATA)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from engine.messages import (
     FinishReason,
     GenerationRequest,
     Grammar,
+    InitialStateRef,
     SamplingParams,
     SequenceFailed,
     SequenceOutput,
@@ -139,6 +140,7 @@ class Simulation:
         prefix_min_tokens: int = 2,
         prefix_store_min_tokens: int = 4,
         vocabulary: StubVocabulary = LETTERS,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         self.vocabulary = vocabulary
         self.runner = runner or StubRunner(num_slots=2 * max_num_seqs + 1, vocab_size=len(vocabulary.tokens))
@@ -168,6 +170,7 @@ class Simulation:
             lambda ref: self.fetch_first([ref]),
             self._compile,
             self.clock,
+            initial_states,
         )
         self.clients: dict[str, Client] = {}
 
