@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "Triton"
 
-_NAMES = ("pack_linear", "linear", "low_rank", "shift_mix", "wkv7", "sample")
+NAMES = ("pack_linear", "linear", "low_rank", "shift_mix", "wkv7", "sample")
 
 
 def is_available() -> bool:
@@ -33,7 +33,7 @@ def register() -> str | None:
     from kernels.triton import operators
 
     binding = torch.library.Library("sostenuto", "IMPL")  # type: ignore[no-untyped-call]
-    for name in _NAMES:
+    for name in NAMES:
         binding.impl(name, getattr(operators, name), "CUDA")  # type: ignore[no-untyped-call]
     _bindings.append(binding)
     return NAME
