@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install serve test check format train-default bench clean
+.PHONY: help install serve test check format train-default bench bench-gpu clean
 
 help:
 	@echo "make serve [MODEL=path] [ARGS='--port 8000']   start the server"
 	@echo "make test [ARGS='-k name']                     run all tests"
 	@echo "make check                                     lint, format, types"
 	@echo "make bench                                     measure; last line is one JSON object"
+	@echo "make bench-gpu                                 measure a CUDA card, of a checkout with sostenuto[cuda] installed"
 
 $(BIN)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sostenuto needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -44,6 +45,9 @@ train-default: install
 
 bench: install
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-gpu: install
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
