@@ -102,7 +102,7 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run once to compile and to settle the allocator, then capture."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
@@ -114,7 +114,7 @@ class CudaGraphs:
 
     def mark(self) -> Callable[[], None]:
         """Wait for an event."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event.synchronize
 

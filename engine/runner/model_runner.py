@@ -77,7 +77,8 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     if device.type == "cuda" and backend != kernels.PYTORCH:
         from engine.runner.graph_runner import GraphModelRunner
 
-        torch.cuda.set_device(device)  # Triton launches on the thread's current one
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the thread's current one
         return GraphModelRunner(model, num_slots, forbidden_ids(model))
     return TorchModelRunner(model, num_slots, forbidden_ids(model))
 
