@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from engine.messages import SamplingParams
+from engine.models.config import ModelConfig
 from engine.models.rwkv7 import RWKV7
 from engine.runner.input_batch import InputBatch
 from engine.runner.sampler import uniform
@@ -214,6 +215,13 @@ def consumed_ids(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) ->
     sources = fields["sources"]
     sampled = last_sampled.index_select(0, sources.clamp(min=0)).clamp_(min=0)
     return torch.where(sources >= 0, sampled, fields["token_ids"])
+
+
+def can_record(config: ModelConfig) -> bool:
+    """Say whether the Triton operators, who alone know padding rows, run all of such a model."""
+    from kernels.triton import shift_mix, wkv7
+
+    return config.head_size in wkv7.HEAD_SIZES and config.width <= shift_mix.MAX_WIDTH
 
 
 def triton_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> DecodeStep:

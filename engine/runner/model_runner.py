@@ -75,11 +75,13 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
     num_slots = 2 * config.max_num_seqs + 1
     if device.type == "cuda" and backend != kernels.PYTORCH:
+        from engine.runner.cuda_graphs import can_record
         from engine.runner.graph_runner import GraphModelRunner
 
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the thread's current one
-        return GraphModelRunner(model, num_slots, forbidden_ids(model))
+        if can_record(model.config):
+            return GraphModelRunner(model, num_slots, forbidden_ids(model))
     return TorchModelRunner(model, num_slots, forbidden_ids(model))
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+MAX_WIDTH = 16384  # a program sums a whole row
 NUM_WARPS = 4
 BLOCK = 1024  # channels a program writes
 
@@ -101,8 +102,8 @@ def remember_kernel(
 
 
 def can_run(shift: torch.Tensor) -> bool:
-    """Say whether the kernels take this state: contiguous within a slot, rows that one program can sum."""
-    return shift.stride(1) == 1 and shift.shape[1] <= 16384 and shift.dtype in (torch.float32, torch.float16)
+    """Say whether the kernels take this state: contiguous within a slot, rows of up to `MAX_WIDTH`."""
+    return shift.stride(1) == 1 and shift.shape[1] <= MAX_WIDTH and shift.dtype in (torch.float32, torch.float16)
 
 
 def shift_mix(

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+HEAD_SIZES = (16, 32, 64, 128)
 CHUNK_LEN = 16  # the cumulative decay of a chunk is above 0.545 ** 16 = 6e-5: harmless in float32
 NUM_WARPS = 8  # with 4 the chunk spills
 PRECISION = "ieee"  # the chunk's products are float32's own
@@ -187,9 +188,9 @@ def prefill_kernel(
 
 
 def can_run(state: torch.Tensor, head_size: int) -> bool:
-    """Say whether the kernels take this state: heads of 16 to 128, a power of two, rows contiguous within a slot."""
+    """Say whether the kernels take this state: heads of `HEAD_SIZES`, rows contiguous within a slot."""
     is_contiguous = state.stride()[1:] == (head_size * head_size, head_size, 1)
-    return head_size in (16, 32, 64, 128) and is_contiguous and state.dtype in (torch.float32, torch.float16)
+    return head_size in HEAD_SIZES and is_contiguous and state.dtype in (torch.float32, torch.float16)
 
 
 def wkv7(

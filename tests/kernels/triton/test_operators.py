@@ -12,6 +12,7 @@ import torch
 
 import kernels
 from engine.models.load import load_model
+from engine.runner.cuda_graphs import can_record
 from engine.runner.input_batch import InputBatch
 from engine.state.pool import StatePool
 from engine.weights.open import open_weights
@@ -71,3 +72,11 @@ print(*(torch._C._dispatch_has_kernel_for_dispatch_key("sostenuto::" + name, "CU
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == (["Triton", "True", "True"] if is_installed else ["PyTorch", "False", "False"])
     assert ("Triton is not installed" in done.stderr) != is_installed
+
+
+def test_only_models_whose_padding_is_known_are_recorded(tmp_path: Path, device: torch.device) -> None:
+    """Heads of a size that the kernels leave to PyTorch, which has no padding rows, are not."""
+    for head_size, is_recorded in ((16, True), (8, False)):
+        shape = SyntheticShape(num_layers=2, width=32, head_size=head_size, vocab_size=V)
+        path = save_synthetic(tmp_path / f"{head_size}.safetensors", shape, seed=3, dtype=torch.float32)
+        assert can_record(load_model(path, device, "float32").config) == is_recorded
