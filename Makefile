@@ -5,11 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-<<<<<<< HEAD
-.PHONY: help install serve test check format train-default bench bench-peers clean
-=======
-.PHONY: help install serve test check format shakespeare train-default bench clean
->>>>>>> training
+.PHONY: help install serve test check format shakespeare train-default bench bench-peers bench-gpu clean
 
 help:
 	@echo "make serve [MODEL=path] [ARGS='--port 8000']   start the server"
@@ -18,6 +14,7 @@ help:
 	@echo "make shakespeare DATA=dir                      train a first small model and sample from it"
 	@echo "make bench                                     measure; last line is one JSON object"
 	@echo "make bench-peers                               measure beside other implementations, llama.cpp built for it"
+	@echo "make bench-gpu                                 measure a CUDA card, of a checkout with sostenuto[cuda] installed"
 
 $(BIN)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Sostenuto needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -59,6 +56,8 @@ bench: install
 
 bench-peers: install
 	$(BIN)/python -m tests.benchmarks.peers.compare --llama-cpp $(ARGS)
+bench-gpu: install
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
