@@ -141,19 +141,18 @@ class AsyncEngine:
             self._send(Submit(request))
             while is_running:
                 for event in await mailbox.take():
-                    if isinstance(event, SequenceFailed):
+                    if isinstance(event, SequenceOutput):
+                        is_running = event.finish_reason is None
+                    elif isinstance(event, SequenceFailed):
                         is_running = False
                         raise _failure(event)
-                    is_running = not (isinstance(event, SequenceOutput) and event.finish_reason)
                     yield event
         finally:
             del self._mailboxes[request.request_id]
             if is_running and self.is_ready:
                 self._send(Abort(request.request_id))
 
-    async def save_state(
-        self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None
-    ) -> CheckpointStored:
+    async def save_state(self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None) -> CheckpointStored:
         """Write a kept state to the state store, or for want of it a copy of another checkpoint of the same tokens.
 
         Raises `CheckpointError` or `EngineDied`.
@@ -250,12 +249,13 @@ class AsyncEngine:
 
     def _report(self, report: StepReport) -> None:
         for event in report.events:
-            if isinstance(event, CheckpointStored):
+            if isinstance(event, (SequenceOutput, SequenceStarted, SequenceFailed)):  # nearly always the first
+                if (mailbox := self._mailboxes.get(event.request_id)) is not None:
+                    mailbox.put(event)
+            elif isinstance(event, CheckpointStored):
                 _resolve(self._oldest_save(event.ref.chain), event)
-            elif isinstance(event, CheckpointFailed):
+            else:
                 _reject(self._oldest_save(event.chain), _checkpoint_failure(event))
-            elif (mailbox := self._mailboxes.get(event.request_id)) is not None:
-                mailbox.put(event)
         self.latest_stats = report.stats or self.latest_stats
         if self._on_report is not None:
             self._on_report(report)
@@ -295,36 +295,42 @@ class AsyncEngine:
 
 
 class _Mailbox:
-    """The events of one sequence that nobody has read yet."""
+    """The events of one sequence that nobody has read yet. Has one reader."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._events: list[SequenceStarted | SequenceOutput | SequenceFailed] = []
         self._error: EngineError | None = None
-        self._arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
 
     def put(self, event: SequenceStarted | SequenceOutput | SequenceFailed) -> None:
         """Add an event; an output is merged into one that still waits."""
-        last = self._events[-1] if self._events else None
-        if isinstance(event, SequenceOutput) and isinstance(last, SequenceOutput):
-            self._events[-1] = _merged(last, event)
+        events = self._events
+        if events and isinstance(event, SequenceOutput) and isinstance(last := events[-1], SequenceOutput):
+            events[-1] = _merged(last, event)
         else:
-            self._events.append(event)
-        self._arrived.set()
+            events.append(event)
+        self._wake_reader()
 
     def break_with(self, error: EngineError) -> None:
         """Let the reader raise `error` after what has arrived."""
         self._error = error
-        self._arrived.set()
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._arrival is not None:
+            if not self._arrival.done():
+                self._arrival.set_result(None)
+            self._arrival = None
 
     async def take(self) -> list[SequenceStarted | SequenceOutput | SequenceFailed]:
         """Return what has arrived, waiting for the first; raises what broke the sequence."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        if not self._events and self._error is None:
+            self._arrival = self._loop.create_future()
+            await self._arrival
         events, self._events = self._events, []
         if not events and self._error is not None:
             raise self._error
-        if self._error is not None:
-            self._arrived.set()
         return events
 
 
@@ -337,6 +343,7 @@ def _merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         finish_reason=second.finish_reason,
         stop_reason=second.stop_reason,
         num_sampled_tokens=second.num_sampled_tokens,
+        num_kept_tokens=second.num_kept_tokens,
     )
 
 

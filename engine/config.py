@@ -24,3 +24,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     state_url: str = "memory:"  # memory: | file:///DIR | redis://HOST:PORT/DB
     checkpoint_ttl_seconds: float = 86_400.0  # promise P14: losing a checkpoint costs time, never data
     hot_state_bytes: int = 1 << 30  # host memory for states between turns
+    prefix_min_tokens: int = 16  # prompts' prefixes shorter than this are computed again rather than kept
+    prefix_store_min_tokens: int = 256  # of shared prefixes, those at least so long reach the state store, too

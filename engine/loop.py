@@ -44,9 +44,11 @@ from engine.messages import (
 from engine.runner.grammars import Grammars
 from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
+from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler, SequenceEvent
 from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
+from engine.state.prefix_store import PrefixStore
 from engine.state.save_queue import SaveQueue
 from engine.state.store import StateStore
 
@@ -81,12 +83,17 @@ class EngineLoop:
         self._poller.register(self._doorbell.fileno(), zmq.POLLIN)
         self._hot_states = HotStates(config.hot_state_bytes)
         self._checkpointer = Checkpointer(store, runner.spec, config.checkpoint_ttl_seconds, self._doorbell.ring, clock)
+        self._prefix_store = PrefixStore(
+            self._checkpointer, self._hot_states, runner.spec, f"{ready.device.partition(':')[0]} {ready.dtype}", clock
+        )
+        self._prefixes = Prefixes(config, runner.spec.num_bytes, self._hot_states, self._prefix_store)
         self._grammars = Grammars(vocabulary, runner.vocab_size, self._doorbell.ring)
         self._scheduler = Scheduler(
             config,
             runner,
             vocabulary,
             self._hot_states,
+            self._prefixes,
             self._checkpointer.fetch,
             self._grammars.compile,
             clock,
@@ -251,7 +258,9 @@ class EngineLoop:
             hot_state_bytes=hot_states.num_bytes,
             pending_checkpoints=self._saves.num_pending,
             counters={
-                **scheduler.counters,
+                **(scheduler.counters + self._prefixes.counters),
+                "rwkv_prefix_states_written_total": self._prefix_store.num_written,
+                "rwkv_prefix_states_not_written_total": self._prefix_store.num_failed,
                 "rwkv_hot_state_evictions_total": hot_states.num_evicted,
                 "rwkv_hot_states_dropped_total": hot_states.num_dropped,
             },

@@ -117,6 +117,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_logprobs: int | None = None  # as SamplingParams.num_logprobs, for every prompt token but the first
     priority: int = 0  # who gets a free slot: lower first, then by arrival
     counted_ids: list[int] = []  # generated earlier in the conversation, oldest first: penalties count them too
+    # Ascending positions in `prompt_ids`, neither of its ends: here the prompt may be resumed from a state that another
+    # request left behind, and leave one. Only with the empty history as source.
+    borders: list[int] = []
 
 
 # -- commands: client to engine ---------------------------------------------------------------------------------------
@@ -202,6 +205,7 @@ class SequenceStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     request_id: str
     resume: ResumeKind
     num_replayed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, that a state at one of its borders had consumed already
     queue_seconds: float = 0.0
     load_seconds: float = 0.0  # to fetch, verify and place a checkpoint
 
@@ -229,6 +233,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     finish_reason: FinishReason | None = None
     stop_reason: int | bytes | None = None  # the stop token or stop string that ended it
     num_sampled_tokens: int = 0  # in the last output: tokens computed, held-back and stop tokens included
+    num_kept_tokens: int = 0  # in the last output: prompt tokens computed for this request that a kept state consumed
 
 
 class SequenceFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):

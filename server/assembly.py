@@ -8,10 +8,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from urllib.parse import urlsplit
 
 from engine.client import AsyncEngine
+from engine.launch import EngineHost, EngineProcess
 from engine.messages import StepReport
 from engine.tokenizer import load as load_tokenizer
 from server.conversations.ledger import Ledger, LedgerUnavailable
@@ -27,6 +27,7 @@ from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
 from server.templates import choose as choose_template
 from server.tenants import Tenants
+from server.version import server_version
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,11 @@ SETTLE_SECONDS = 20.0
 
 
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncGenerator[Services]:
-    """Start everything a server needs, and end it at exit; raises what keeps it from starting."""
+async def open_services(settings: Settings, host: EngineHost | None = None) -> AsyncGenerator[Services]:
+    """Start everything a server needs, and end it at exit; raises what keeps it from starting.
+
+    The engine runs in a process of its own, or in `host`.
+    """
     metrics = Metrics(state_tier=urlsplit(settings.resolved_state_url).scheme)
     pulse = Pulse()
 
@@ -53,7 +57,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         ledger = _ledger(settings)
         await ledger.open()
         stack.push_async_callback(ledger.close)
-        engine = AsyncEngine.spawn(settings.engine_config, on_report=report)
+        engine = AsyncEngine(host or EngineProcess(settings.engine_config), on_report=report)
         stack.push_async_callback(engine.close)
         ready = await engine.start()
         metrics.engine.up.set_function(lambda: engine.is_ready)
@@ -135,11 +139,3 @@ async def _probe_loop(metrics: HttpMetrics) -> None:
         before = time.perf_counter()
         await asyncio.sleep(LAG_PROBE_SECONDS)
         metrics.loop_lag_seconds.observe(max(0.0, time.perf_counter() - before - LAG_PROBE_SECONDS))
-
-
-def server_version() -> str:
-    """Return the installed version."""
-    try:
-        return version("sostenuto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unreleased"

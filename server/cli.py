@@ -9,11 +9,11 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from server.settings import DEFAULT_MODEL, Settings, SettingsError
+from server.version import server_version
 
 USAGE_ERROR = 2
 START_ERROR = 1
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sostenuto", description="An async inference server with stateful conversations for RWKV language models."
     )
-    parser.add_argument("--version", action="version", version=f"sostenuto {_version()}")
+    parser.add_argument("--version", action="version", version=f"sostenuto {server_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
@@ -131,10 +131,3 @@ def _metavar(annotation: object) -> str:
     if typing.get_origin(annotation) is types.UnionType:
         annotation = typing.get_args(annotation)[0]
     return {int: "N", float: "X", Path: "PATH"}.get(typing.cast("type", annotation), "VALUE")
-
-
-def _version() -> str:
-    try:
-        return version("sostenuto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unreleased"

@@ -40,6 +40,11 @@ class Drain:
         if self._num_requests == 0:
             self._idle.set()
 
+    @property
+    def num_running(self) -> int:
+        """How many are being generated for."""
+        return len(self._running)
+
     def add(self, running: Interruptible) -> None:
         """Tell `running` when its time is over."""
         self._running.add(running)

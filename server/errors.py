@@ -204,6 +204,7 @@ ANSWERS: dict[type[Exception], Rule] = {
     ledger.ConversationNotFound: Rule(
         404, REQUEST, "conversation_not_found", "There is no such conversation.", "conversation"
     ),
+    ledger.DocumentNotFound: Rule(400, REQUEST, "invalid_value", "after: there is no such entry in the list.", "after"),
     ledger.ConversationExpired: Rule(
         410, REQUEST, "conversation_expired", "The conversation was deleted or has expired.", "conversation"
     ),

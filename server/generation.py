@@ -31,6 +31,7 @@ from server.drain import Drain
 from server.errors import ServerDraining
 from server.rate_limits import Budget
 from server.services import Services
+from server.templates import RenderedPrompt
 
 # Events are msgspec structs because one is made for every token: a frozen dataclass takes five times as long.
 
@@ -66,6 +67,8 @@ class Finished(msgspec.Struct, frozen=True):
     stop_reason: int | bytes | None
     num_output_tokens: int
     receipt: TurnReceipt | None
+    num_cached_tokens: int = 0  # of the prompt, not computed: a kept state had consumed them
+    num_kept_tokens: int = 0  # of the prompt, computed, and a state that has consumed them is kept
 
 
 ChoiceEvent = Started | Prompted | Delivered | Finished
@@ -81,6 +84,8 @@ class ChoicePlan:
     stop: StopRules
     num_prompt_logprobs: int | None = None
     priority: int = 0
+    borders: Sequence[int] = ()  # where others may have been before, or may come: see `GenerationRequest.borders`
+    keep_state: bool = False  # of a choice without conversation: its answer may come back as history
 
 
 class Generation:
@@ -94,6 +99,7 @@ class Generation:
         budget.begin()
         self._drain = drain
         self._budget = budget
+        self._loop = asyncio.get_running_loop()
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
@@ -127,8 +133,10 @@ class Generation:
         self._wake_reader()
 
     def _wake_reader(self) -> None:
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+        if self._arrival is not None:
+            if not self._arrival.done():
+                self._arrival.set_result(None)
+            self._arrival = None
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
@@ -158,15 +166,16 @@ class Generation:
 
         Raises what ended the work early, after the events before it.
         """
-        await self._arrived()
         if not self._events:
-            await self._task
+            await self._arrived()
+            if not self._events:
+                await self._task
         events, self._events = self._events, []
         return events
 
     async def _arrived(self) -> None:
         if not self._events and not self._has_ended:
-            self._arrival = asyncio.get_running_loop().create_future()
+            self._arrival = self._loop.create_future()
             await self._arrival
 
     async def aclose(self) -> None:
@@ -180,35 +189,61 @@ class Generation:
 # -- the work itself --------------------------------------------------------------------------------------------------
 
 
-async def generate_choices(services: Services, generation: Generation, plans: Sequence[ChoicePlan]) -> None:
-    """Generate independent choices, all at once, each from the empty history."""
+async def generate_choices(
+    services: Services, generation: Generation, tenant: str, plans: Sequence[ChoicePlan]
+) -> None:
+    """Generate independent choices, all at once, each from the empty history of `tenant`."""
     try:
         async with asyncio.TaskGroup() as group:
             for plan in plans:
-                group.create_task(_generate_choice(services, generation, plan))
+                group.create_task(_generate_choice(services, generation, tenant, plan))
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first to fail cancelled the others
 
 
-async def _generate_choice(services: Services, generation: Generation, plan: ChoicePlan) -> None:
-    _, finished = await generate_alone(services, generation, plan)
+async def _generate_choice(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> None:
+    _, finished = await generate_alone(services, generation, tenant, plan)
     generation.emit(finished)
 
 
-async def generate_alone(services: Services, generation: Generation, plan: ChoicePlan) -> tuple[Delivered, Finished]:
-    """Generate one choice from the empty history; return the whole answer and its end, which is not told yet."""
+async def generate_alone(
+    services: Services, generation: Generation, tenant: str, plan: ChoicePlan
+) -> tuple[Delivered, Finished]:
+    """Generate one choice from the empty history; return the whole answer and its end, which is not told yet.
+
+    Only prompts of the same tenant share states: what others have asked shows in no count and no delay.
+    """
+    shares = services.settings.prefix_states
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt_ids=plan.prompt_ids,
         sampling=plan.sampling,
         stop=plan.stop,
-        source=StateSource(num_tokens=0, chain=root_digest()),
+        source=StateSource(num_tokens=0, chain=root_digest(tenant)),
+        keep_state=shares and plan.keep_state,
         num_prompt_logprobs=plan.num_prompt_logprobs,
         priority=plan.priority,
+        borders=_with_end(plan) if shares else [],
     )
     choice = _Choice(services, generation, plan)
     finished = await _follow(choice, services.engine.generate(request))
     return choice.whole, finished
+
+
+def borders_of(prompt: RenderedPrompt, ends: Sequence[int], *, is_stateful: bool) -> Sequence[int]:
+    """Return the borders of a prompt whose pieces have these `ends`, as tokens.
+
+    What a conversation says is its own, deleted with it, but not the system prompt that it begins with.
+    """
+    if not is_stateful:
+        return ends
+    return ends[:1] if prompt.has_preamble else ()
+
+
+def _with_end(plan: ChoicePlan) -> list[int]:
+    """Return the plan's borders and the place before the last token, where an equal prompt can be sampled again."""
+    last = len(plan.prompt_ids) - 1
+    return [*(border for border in plan.borders if border < last), *([last] if last else [])]
 
 
 async def generate_untold(
@@ -216,7 +251,7 @@ async def generate_untold(
 ) -> tuple[Delivered, Finished]:
     """As `generate_alone`, after a conversation's history, which stays as it is."""
     choice = _Choice(services, generation, plan)
-    events = _turn_events(turn, plan, keep_state=False)
+    events = _turn_events(services, turn, plan, keep_state=False)
     finished = await _follow(choice, events)
     return choice.whole, msgspec.structs.replace(finished, receipt=turn.receipt)
 
@@ -235,17 +270,19 @@ async def generate_turn(
     instead, as tokens.
     """
     choice = _Choice(services, generation, plan)
-    last = await _follow(choice, _turn_events(turn, plan, keep_state=remembered is None))
+    last = await _follow(choice, _turn_events(services, turn, plan, keep_state=remembered is None))
     if remembered is not None:
         await turn.consume_instead(*await remembered(choice.whole.text))
-    finished = Finished(last.index, last.reason, last.stop_reason, last.num_output_tokens, turn.receipt)
+    finished = msgspec.structs.replace(last, receipt=turn.receipt)
     content = content_of(choice.whole, finished)
     generation.begin_commit()
     await turn.commit(content)
     generation.emit(finished)
 
 
-def _turn_events(turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool) -> AsyncIterator[SequenceEvent]:
+def _turn_events(
+    services: Services, turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool
+) -> AsyncIterator[SequenceEvent]:
     return turn.generate(
         plan.prompt_ids,
         plan.sampling,
@@ -253,6 +290,7 @@ def _turn_events(turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool) -> Async
         plan.num_prompt_logprobs,
         priority=plan.priority,
         keep_state=keep_state,
+        borders=plan.borders if services.settings.prefix_states else (),
     )
 
 
@@ -276,19 +314,22 @@ class _Choice:
         self._detokenizer = Detokenizer(services.tokenizer)
         self._prompt_logprobs: list[TokenLogprobs | None] = []
         self._is_prompted = False
+        self._num_cached_tokens = 0
         self._last: SequenceOutput | None = None
         self._delivered: list[Delivered] = []
 
     def started(self, event: SequenceStarted) -> None:
         """The choice has a slot."""
         self._clock.started(event)
+        self._num_cached_tokens = event.num_cached_tokens
         self._generation.emit(Started(self._plan.index))
 
     def advanced(self, event: SequenceOutput) -> None:
         """Emit what a step brought."""
         is_last = event.finish_reason is not None
-        self._prompt_logprobs += [entry for entry in event.prompt_logprobs or () if entry is not None]
-        if event.token_ids or is_last:
+        if event.prompt_logprobs:
+            self._prompt_logprobs += [entry for entry in event.prompt_logprobs if entry is not None]
+        if not self._is_prompted and (event.token_ids or is_last):
             self._prompted()
         text = self._detokenizer.push(event.token_ids)
         if is_last:
@@ -301,8 +342,6 @@ class _Choice:
             self._generation.emit(delivered)
 
     def _prompted(self) -> None:
-        if self._is_prompted:
-            return
         self._is_prompted = True
         asked = self._plan.num_prompt_logprobs is not None
         logprobs = [None, *self._prompt_logprobs] if asked else None
@@ -317,7 +356,15 @@ class _Choice:
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
         num_output_tokens = sum(len(delivered.token_ids) for delivered in self._delivered)
-        return Finished(self._plan.index, last.finish_reason, last.stop_reason, num_output_tokens, None)
+        return Finished(
+            self._plan.index,
+            last.finish_reason,
+            last.stop_reason,
+            num_output_tokens,
+            receipt=None,
+            num_cached_tokens=self._num_cached_tokens,
+            num_kept_tokens=last.num_kept_tokens,
+        )
 
     @property
     def whole(self) -> Delivered:

@@ -6,13 +6,17 @@ codes, kinds; never a conversation, a request or anything else a client can inve
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
+from prometheus_client.utils import floatToGoString
 
 from engine.messages import (
     CheckpointStored,
@@ -60,6 +64,23 @@ ENGINE_COUNTERS: Final = {
     "rwkv_checkpoints_rejected_total": "Checkpoints found but not what was asked for: never loaded.",
     "rwkv_checkpoints_missing_total": "Checkpoints that were expected and not there.",
     "rwkv_checkpoints_unavailable_total": "Checkpoints that the store did not deliver.",
+    "rwkv_prefix_tokens_reused_total": "Prompt tokens not computed because an equal beginning had left its state.",
+    "rwkv_prefix_states_written_total": "States of prompts' beginnings written to the store.",
+    "rwkv_prefix_states_not_written_total": "States of prompts' beginnings that the store did not take.",
+}
+
+# Likewise, with one label: sent as NAME:VALUE, for these values.
+LABELLED_ENGINE_COUNTERS: Final = {
+    "rwkv_prefix_lookups_total": (
+        "Prompts for which a state of an equal beginning was looked for.",
+        "outcome",
+        ("hit_memory", "hit_store", "miss"),
+    ),
+    "rwkv_prefix_misses_total": (
+        "Of these, those that found none.",
+        "reason",
+        ("evicted", "new", "not_kept", "prompt_logprobs", "store_unavailable", "too_short"),
+    ),
 }
 
 
@@ -112,12 +133,10 @@ class EngineMetrics:
             buckets=WAIT_BUCKETS,
             registry=registry,
         )
-        self.inter_token_seconds = Histogram(
-            "rwkv_inter_token_latency_seconds",
-            "Between deliveries of one sequence.",
-            buckets=STEP_BUCKETS,
-            registry=registry,
+        self.inter_token_seconds = TokenHistogram(
+            "rwkv_inter_token_latency_seconds", "Between deliveries of one sequence.", STEP_BUCKETS
         )
+        registry.register(self.inter_token_seconds)
         self.prompt_tokens = Counter(
             "rwkv_prompt_tokens", "Tokens of prompts, histories not included.", registry=registry
         )
@@ -206,6 +225,31 @@ class SequenceClock:
         self._metrics.generation_tokens.inc(num_sampled_tokens)
 
 
+class TokenHistogram:
+    """A histogram that can be afforded for every token: the package's takes two locks an observation.
+
+    Observed on the event loop only.
+    """
+
+    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._bounds = [*buckets, math.inf]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count `value`."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """Yield the counts so far."""
+        bounds = map(floatToGoString, self._bounds)
+        buckets = [*zip(bounds, accumulate(self._counts), strict=True)]
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
+
+
 class EngineTotals:
     """Totals that the engine counts: passed on as they are, so that a scrape sees what the engine said last."""
 
@@ -216,6 +260,11 @@ class EngineTotals:
         """Yield one family for every declared name, zero until the engine has counted something."""
         for name, description in ENGINE_COUNTERS.items():
             yield CounterMetricFamily(name.removesuffix("_total"), description, value=self.counters.get(name, 0.0))
+        for name, (description, label, values) in LABELLED_ENGINE_COUNTERS.items():
+            family = CounterMetricFamily(name.removesuffix("_total"), description, labels=[label])
+            for value in values:
+                family.add_metric([value], self.counters.get(f"{name}:{value}", 0.0))
+            yield family
 
 
 class TurnMetrics:

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
@@ -129,8 +130,8 @@ class Exchange:
         method: str = self._scope["method"]
         return method if method in METHODS else "other"
 
-    async def send(self, message: Message) -> None:
-        """Pass `message` on; a head gets what every reply has."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass `message` on; a head gets what every reply has. No coroutine of its own: bodies come by the token."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -142,7 +143,7 @@ class Exchange:
             tenant: Tenant | None = self._scope.get("state", {}).get("tenant")
             if tenant is not None:
                 headers.update(dict(tenant.budget.headers()))
-        await self._send(message)
+        return self._send(message)
 
     async def send_answer(self, told: Answer) -> None:
         """Send an error."""

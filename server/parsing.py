@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import orjson
@@ -49,7 +49,7 @@ def parse_body(model: type[RequestBody], data: bytes) -> RequestBody:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise _first_problem(error) from None
+        raise problem_of(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 def parse_json(data: bytes) -> object:
@@ -77,9 +77,9 @@ def _has_nul(value: object) -> bool:
     return isinstance(value, list) and any(map(_has_nul, value))
 
 
-def _first_problem(error: ValidationError) -> BadRequest:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    param = _param(problem["loc"])
+def problem_of(problem: Mapping[str, Any], begin: int = 0) -> BadRequest:
+    """Return one of pydantic's complaints, without the first `begin` steps of the place it names."""
+    param = _param(problem["loc"][begin:])
     if problem["type"] == "extra_forbidden":
         return BadRequest(f"{param}: this field is not supported.", param, "unsupported_parameter")
     code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"

@@ -77,7 +77,7 @@ class Services:
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
     """Return the tokens of `pieces`, each encoded by itself, and where all of them but the last end.
 
-    The ends ascend and lie inside the prompt: 0 < end < number of tokens.
+    The ends are where a prompt's borders are: they ascend and lie inside the prompt: 0 < end < number of tokens.
     """
     token_ids: list[int] = []
     ends: set[int] = set()

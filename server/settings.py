@@ -45,7 +45,9 @@ class Settings(BaseSettings):
         None, description="the model's name in the API; default: the file's or directory's name"
     )
     tokenizer: str = Field("auto", description="auto, bytes, world, or the path of a tokenizer.json")
-    template: str = Field("auto", description="chat template; auto chooses by model and tokenizer")
+    template: str = Field(
+        "auto", description="chat template by name, or auto: what the model's sostenuto.json says, else world"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="of the weights; states are always float32"
@@ -97,6 +99,11 @@ class Settings(BaseSettings):
     conversation_ttl_seconds: PositiveFloat = Field(30 * DAY_SECONDS, description="unused conversations expire")
     checkpoint_ttl_seconds: PositiveFloat = Field(DAY_SECONDS, description="stored states expire; costs time only")
     hot_state_bytes: int = Field(1 << 30, ge=0, description="host memory for states between turns")
+    prefix_states: bool = Field(True, description="begin prompts at states that equal beginnings left")
+    prefix_min_tokens: PositiveInt = Field(16, description="shortest beginning of a prompt whose state is kept")
+    prefix_store_min_tokens: PositiveInt = Field(
+        256, description="shortest beginning of a prompt whose state is shared through the state store"
+    )
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda value: str(value).lower())
@@ -220,6 +227,8 @@ class Settings(BaseSettings):
             state_url=self.resolved_state_url,
             checkpoint_ttl_seconds=self.checkpoint_ttl_seconds,
             hot_state_bytes=self.hot_state_bytes,
+            prefix_min_tokens=self.prefix_min_tokens,
+            prefix_store_min_tokens=self.prefix_store_min_tokens,
         )
 
     def printable(self) -> dict[str, str | int | float | bool | None]:

@@ -195,7 +195,8 @@ class EventStream(Response):
         """Return the frames of everything that has come meanwhile, or of the end."""
         try:
             if events := await self._generation.take():
-                return b"".join(map(self._writer.frames, events))
+                frames = self._writer.frames
+                return frames(events[0]) if len(events) == 1 else b"".join(map(frames, events))
             self._is_over = True
             return self._writer.closing()
         except Exception as error:

@@ -259,6 +259,30 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Commit", quantiles("rwkv_turn_commit_seconds"), "s", width=12),
         Panel("Turns refused", {"{{reason}}": rate("rwkv_turn_conflicts_total", "reason")}, "reqps", width=12),
     ],
+    "Prompts that begin alike": [
+        Panel(
+            "Looks for a state, by outcome",
+            {"{{outcome}}": rate("rwkv_prefix_lookups_total", "outcome")},
+            "reqps",
+            stacked=True,
+            description="Of prompts without a conversation, and of first turns that begin with a system prompt.",
+        ),
+        Panel(
+            "Misses, by reason",
+            {"{{reason}}": rate("rwkv_prefix_misses_total", "reason")},
+            "reqps",
+            stacked=True,
+            description="evicted: its memory was needed; not_kept: it came before, but left no state.",
+        ),
+        Panel(
+            "Prompt tokens",
+            {
+                "not computed": rate("rwkv_prefix_tokens_reused_total"),
+                "computed": rate("rwkv_prefill_tokens_total"),
+            },
+            stacked=True,
+        ),
+    ],
     "States": [
         Panel(
             "Load",
@@ -285,6 +309,7 @@ ROWS: dict[str, list[Panel]] = {
                 "damaged or of another model": rate("rwkv_checkpoints_rejected_total"),
                 "missing": rate("rwkv_checkpoints_missing_total"),
                 "not delivered by the store": rate("rwkv_checkpoints_unavailable_total"),
+                "beginnings not written": rate("rwkv_prefix_states_not_written_total"),
             },
             "ops",
         ),

@@ -9,6 +9,7 @@ imported with the first grammar. Tensors are not known here: what is allowed is 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -24,6 +25,8 @@ from engine.messages import Grammar
 
 if TYPE_CHECKING:
     import llguidance
+
+_log = logging.getLogger(__name__)
 
 Allowed = npt.NDArray[np.bool_]
 
@@ -92,7 +95,7 @@ class GrammarMatcher:
         if not allowed.any():
             if may_end:
                 return None
-            raise InvalidRequest("grammar", "grammar allows nothing that this model could write here")
+            raise InvalidRequest("grammar", "grammar allows nothing that may be sampled here")
         if may_stop and may_end:
             allowed[ends] = True
         return allowed
@@ -314,6 +317,8 @@ _UNSUPPORTED_KEYWORDS = frozenset(
 
 
 def _too_complex(parser: llguidance.LLMatcher) -> str:
+    if parser.get_error().startswith("panic"):
+        _log.error("llguidance broke while it followed a grammar")
     if parser.get_error().startswith("NoExtension"):
         return "grammar describes no text at all"
     return "grammar is too complex: it was given up while it was followed"

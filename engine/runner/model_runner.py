@@ -99,10 +99,11 @@ class TorchModelRunner:
         self._penalties.reset(slot)
 
     @torch.inference_mode()
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """As `start`, from `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """As `start`, from `state`; penalties count `consumed_ids` as if the request had consumed them itself."""
         self.pool.load(slot, state)
         self._penalties.reset(slot)
+        self._penalties.consume(slot, consumed_ids)
 
     def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Let the slot's penalties begin as if `token_ids` had just been generated there."""

@@ -76,8 +76,8 @@ class ModelRunner(Protocol):
         """Give the slot the zero state, and forget the penalty counters of whoever had it before."""
         ...
 
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """As `start`, from `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """As `start`, from `state`; penalties count `consumed_ids` as if the request had consumed them itself."""
         ...
 
     def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:

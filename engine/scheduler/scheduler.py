@@ -1,11 +1,13 @@
 """Who runs: which sequences have a slot, and which of their tokens the next step consumes.
 
 Knows sequences, slots and states in memory; fetches checkpoints and compiles grammars through functions that return
-futures. Knows nothing of sockets, clients' addresses or stores. Called from the engine's one thread.
+futures. Knows nothing of sockets, clients' addresses or stores, and leaves to `engine.scheduler.prefixes` which prompts
+begin at a state that others left. Called from the engine's one thread.
 
 What is promised, whatever clients do: no slot has two owners; every sequence that was submitted ends exactly once; a
 step never exceeds its token budget; a sequence that generates is in every step; a kept state has consumed exactly the
-source, the prompt and the delivered tokens.
+source, the prompt (up to a border, if it was left there) and the delivered tokens; who waits for another's state waits
+for a sequence that runs, and no longer.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from engine.messages import (
 from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepOutput, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
+from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot
 from engine.scheduler.slots import Slots
 from engine.scheduler.validation import validate
@@ -67,6 +70,7 @@ class Scheduler:
         runner: ModelRunner,
         vocabulary: ByteVocabulary,
         hot_states: HotStates,
+        prefixes: Prefixes,
         fetch: Callable[[CheckpointRef], Future[RecurrentState]],
         compile_grammar: Callable[[Grammar], Future[GrammarMatcher]],
         clock: Callable[[], float] = time.monotonic,
@@ -83,6 +87,7 @@ class Scheduler:
         self._runner = runner
         self._vocabulary = vocabulary
         self._hot_states = hot_states
+        self._prefixes = prefixes
         self._fetch = fetch
         self._compile_grammar = compile_grammar
         self._clock = clock
@@ -120,8 +125,9 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` would plan something now, without waiting for anyone."""
-        active = any(sequence.phase is not Phase.LOADING for sequence in self._seated)
-        return active or (len(self._waiting) > len(self._compiling) and self._num_free_seats > 0)
+        if any(sequence.phase is not Phase.LOADING for sequence in self._seated):
+            return True
+        return self._num_free_seats > 0 and any(self._is_admissible(s, self._expected) for s in self._waiting.values())
 
     @property
     def num_decode_tokens(self) -> int:
@@ -147,6 +153,7 @@ class Scheduler:
             self._events.append((client, _refused(request, refusal)))
             return
         sequence = Sequence(client, request, self._vocabulary, self._clock())
+        sequence.borders = self._prefixes.borders_of(request)
         self._waiting[sequence.key] = self._by_key[sequence.key] = sequence
         if request.sampling.grammar is not None:
             self._compiling[sequence] = self._compile_grammar(request.sampling.grammar)
@@ -171,6 +178,7 @@ class Scheduler:
     def forget(self, chain: bytes) -> None:
         """Keep the state behind `chain` no longer, or not at all if it still settles."""
         self._hot_states.forget(chain)
+        self._prefixes.forget(chain)
         for sequence in [sequence for sequence in self._seated if sequence.phase is Phase.SETTLING]:
             if sequence.chain == chain:
                 self._release(sequence)
@@ -188,6 +196,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Give free slots to those who wait, and plan the next step; the plan is empty if nobody can run."""
+        self._prefixes.advance()
         self._take_matchers()
         self._place_loaded()
         self._admit()
@@ -223,7 +232,7 @@ class Scheduler:
         budget = self._config.max_num_batched_tokens
         rows = []
         for sequence in ready:
-            num_tokens = min(sequence.num_pending, budget)
+            num_tokens = min(sequence.num_runnable, budget)
             if num_tokens:
                 rows.append((sequence, sequence.next_chunk(num_tokens)))
                 budget -= num_tokens
@@ -244,6 +253,8 @@ class Scheduler:
             self._end(sequence, event.finish_reason)
         elif sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
             self._keep(sequence)
+        elif (border := sequence.reach_border()) is not None:
+            self._prefixes.keep(sequence, self._runner.save(chunk.slot, border.num_tokens, border.chain))
         elif sequence.has_stale_snapshot:
             self._drop_snapshot(sequence)
 
@@ -285,25 +296,48 @@ class Scheduler:
     def _admit(self) -> None:
         """Seat those who wait, by priority and then in order of arrival.
 
-        Except whose grammar is not compiled yet, and whose state is still settling: it is hot in a moment.
+        Except whose grammar is not compiled yet, and whose state is going to be hot in a moment.
         """
-        if self._num_free_seats <= 0:
+        if not self._waiting or self._num_free_seats <= 0:
             return
-        settling = {sequence.chain for sequence in self._seated if sequence.phase is Phase.SETTLING}
+        expected = self._expected
         for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.request.priority):
             if self._num_free_seats <= 0:
                 return
-            if sequence.request.source.chain not in settling and sequence not in self._compiling:
+            if self._is_admissible(sequence, expected):
                 del self._waiting[sequence.key]
                 self._seat(sequence)
+                expected.update(border.chain for border in sequence.borders_to_keep)
+
+    @property
+    def _expected(self) -> set[bytes]:
+        """Chains of the states that sequences with a slot are about to leave in memory.
+
+        Each is known from what such a sequence still is to do, so that nobody waits for one that has ended.
+        """
+        settling = {sequence.chain for sequence in self._seated if sequence.phase is Phase.SETTLING}
+        return settling.union(border.chain for sequence in self._seated for border in sequence.borders_to_keep)
+
+    def _is_admissible(self, sequence: Sequence, expected: set[bytes]) -> bool:
+        if sequence in self._compiling:
+            return False
+        if sequence.request.source.num_tokens > 0:
+            return sequence.request.source.chain not in expected
+        return not self._prefixes.may_gain(sequence, expected)
 
     def _seat(self, sequence: Sequence) -> None:
         sequence.slot = self._slots.take()
         sequence.admitted_at = self._clock()
         self._seated.append(sequence)
+        sequence.borders_to_keep = self._prefixes.wanted(sequence)
         source = sequence.request.source
         if (origin := self._origin_at_hand(sequence)) is not None:
             self._begin(sequence, origin)
+        elif (answer := self._prefixes.ask_store(sequence)) is not None:
+            sequence.phase = Phase.LOADING
+            self._loading[sequence] = answer
+        elif source.num_tokens == 0:
+            self._begin(sequence, self._prefixes.miss(sequence))
         elif source.checkpoint is not None:
             sequence.phase = Phase.LOADING
             self._loading[sequence] = self._fetch(source.checkpoint)
@@ -315,7 +349,7 @@ class Scheduler:
         """Return where the sequence can begin without asking the state store."""
         source = sequence.request.source
         if source.num_tokens == 0:
-            return Origin(ResumeKind.NEW)
+            return self._prefixes.find(sequence)
         if (state := self._hot_states.get(source)) is not None:
             return Origin(ResumeKind.HOT, state)
         if source.checkpoint is not None:
@@ -324,22 +358,31 @@ class Scheduler:
         return Origin(ResumeKind.REPLAYED, None, source.replay_ids) if source.replay_ids else None
 
     def _place_loaded(self) -> None:
-        """Begin the sequences whose checkpoint has arrived; fail those whose checkpoint cannot be used."""
+        """Begin the sequences for which the state store has an answer."""
         for sequence, future in [(sequence, future) for sequence, future in self._loading.items() if future.done()]:
             del self._loading[sequence]
-            replay_ids = sequence.request.source.replay_ids
-            try:
-                state = future.result()
-            except CheckpointError as error:
-                self._count_unusable(error)
-                self._fail(sequence, "state_unavailable", str(error))
-            except Exception as error:
-                _log.exception("a checkpoint could not be fetched")
-                self._fail(sequence, "state_unavailable", f"the checkpoint could not be fetched: {error}")
+            if sequence.request.source.num_tokens > 0:
+                self._place_checkpoint(sequence, future)
+            elif (origin := self._prefixes.found(future)) is not None:
+                self._begin(sequence, origin, was_loaded=True)
             else:
-                self.counters["rwkv_state_load_bytes_total"] += state.num_bytes
-                kind = ResumeKind.REPLAYED if replay_ids else ResumeKind.RESTORED
-                self._begin(sequence, Origin(kind, state, replay_ids))
+                self._begin(sequence, self._prefixes.find(sequence) or self._prefixes.miss(sequence))
+
+    def _place_checkpoint(self, sequence: Sequence, future: Future[RecurrentState]) -> None:
+        """Begin the sequence from the checkpoint that was fetched; fail it if that cannot be used."""
+        replay_ids = sequence.request.source.replay_ids
+        try:
+            state = future.result()
+        except CheckpointError as error:
+            self._count_unusable(error)
+            self._fail(sequence, "state_unavailable", str(error))
+        except Exception as error:
+            _log.exception("a checkpoint could not be fetched")
+            self._fail(sequence, "state_unavailable", f"the checkpoint could not be fetched: {error}")
+        else:
+            self.counters["rwkv_state_load_bytes_total"] += state.num_bytes
+            kind = ResumeKind.REPLAYED if replay_ids else ResumeKind.RESTORED
+            self._begin(sequence, Origin(kind, state, replay_ids), was_loaded=True)
 
     def _count_unusable(self, error: CheckpointError) -> None:
         match error:
@@ -351,20 +394,20 @@ class Scheduler:
             case _:
                 self.counters["rwkv_checkpoints_unavailable_total"] += 1
 
-    def _begin(self, sequence: Sequence, origin: Origin) -> None:
+    def _begin(self, sequence: Sequence, origin: Origin, *, was_loaded: bool = False) -> None:
         try:
             self._place(sequence, origin)
         except Exception as error:
             self._fail_on_device(sequence, error)
             return
-        was_loading = sequence.phase is Phase.LOADING
         sequence.begin(origin)
         started = SequenceStarted(
             request_id=sequence.request.request_id,
             resume=origin.kind,
             num_replayed_tokens=len(origin.replay_ids),
+            num_cached_tokens=origin.num_cached,
             queue_seconds=sequence.admitted_at - sequence.arrived_at,
-            load_seconds=self._clock() - sequence.admitted_at if was_loading else 0.0,
+            load_seconds=self._clock() - sequence.admitted_at if was_loaded else 0.0,
         )
         self._emit(sequence, started)
 
@@ -373,7 +416,7 @@ class Scheduler:
         if origin.state is None:
             self._runner.start(sequence.slot)
         else:
-            self._runner.load(sequence.slot, origin.state)
+            self._runner.load(sequence.slot, origin.state, sequence.request.prompt_ids[: origin.num_cached])
         if sequence.request.counted_ids:
             self._runner.count(sequence.slot, sequence.request.counted_ids, sequence.request.sampling)
 
@@ -456,6 +499,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Take back everything the sequence has."""
         sequence.phase = Phase.FINISHED
+        sequence.borders_to_keep = []
         if self._waiting.get(sequence.key) is sequence:
             del self._waiting[sequence.key]
         if (compiling := self._compiling.pop(sequence, None)) is not None:

@@ -44,12 +44,21 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Border:
+    """A place in the prompt of a request that has no history, and what names the state there."""
+
+    num_tokens: int
+    chain: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Origin:
     """What the tape begins from."""
 
     kind: ResumeKind
     state: RecurrentState | None = None  # None: the zero state
     replay_ids: SequenceOf[int] = ()  # from there to the state the request names
+    num_cached: int = 0  # prompt tokens that the state has consumed already
 
 
 class Sequence:
@@ -67,12 +76,16 @@ class Sequence:
         self.matcher: GrammarMatcher | None = None  # of its own, once its grammar is compiled
         self.snapshot: Snapshot | None = None
         self.origin = Origin(ResumeKind.NEW)
+        self.borders: SequenceOf[Border] = ()  # where it may begin, or leave a state; ascending
+        self.borders_to_keep: list[Border] = []  # where it still is to leave a state; ascending
+        self.num_kept = 0  # tokens of the prompt that the longest state it left has consumed
         self.tape: list[int] = []
         self.cursor = 0
         self.num_sampled = 0
         self.num_delivered = 0
         self.num_lost_bytes = 0  # before a stop string, that no token could spell
         self.chain = request.source.chain  # of the source, the consumed prompt and the delivered tokens
+        self._tape_start = request.source.num_tokens  # tokens of the history before the tape
         self._prompt_start = self._prompt_end = 0  # where the prompt lies on the tape
         self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
         self._gate = OutputGate(vocabulary, request.stop.stop_strings)
@@ -91,6 +104,13 @@ class Sequence:
     def num_tokens(self) -> int:
         """Length of the history behind `chain`, once the sequence has ended."""
         return self.request.source.num_tokens + len(self.request.prompt_ids) + self.num_delivered
+
+    @property
+    def num_runnable(self) -> int:
+        """Tokens that may be consumed in one step: no more than up to the next border that is to be kept."""
+        if not self.borders_to_keep:
+            return self.num_pending
+        return self.borders_to_keep[0].num_tokens - self._tape_start - self.cursor
 
     @property
     def is_decoding(self) -> bool:
@@ -120,8 +140,13 @@ class Sequence:
         """Lay out the tape, now that the slot has the origin's state."""
         # Only a sequence that may overshoot can ever return to its origin; others need not hold on to its memory.
         self.origin = origin if self._may_overshoot else replace(origin, state=None)
-        self.tape = [*origin.replay_ids, *self.request.prompt_ids]
+        if origin.num_cached:
+            assert origin.state is not None, "nothing consumes nothing"
+            self.chain = origin.state.chain
+        self.tape = [*origin.replay_ids, *self.request.prompt_ids[origin.num_cached :]]
+        self._tape_start += origin.num_cached - len(origin.replay_ids)
         self._prompt_start, self._prompt_end = len(origin.replay_ids), len(self.tape)
+        self.borders_to_keep = [border for border in self.borders_to_keep if border.num_tokens > origin.num_cached]
         self.phase = Phase.RUNNING
 
     def next_chunk(self, num_tokens: int) -> Chunk:
@@ -135,7 +160,7 @@ class Sequence:
             slot=self.slot,
             token_ids=self.tape[self.cursor : end],
             sampling=self.request.sampling if samples else None,
-            position=self.request.source.num_tokens - self._prompt_start + end,
+            position=self._tape_start + end,
             num_prompt_logprobs=self.request.num_prompt_logprobs if targets else None,
             target_ids=targets,
             num_replayed=max(0, min(end, self._prompt_start) - self.cursor),
@@ -165,6 +190,12 @@ class Sequence:
         if self.num_pending == 0:
             return self._output([], prompt_logprobs, FinishReason.LENGTH)
         return self._output([], prompt_logprobs) if prompt_logprobs else None
+
+    def reach_border(self) -> Border | None:
+        """Return, once, the border at which the slot's state is to be kept, if it is there."""
+        if not self.borders_to_keep or self.num_runnable:
+            return None
+        return self.borders_to_keep.pop(0)
 
     def abort(self) -> SequenceOutput:
         """End the sequence where it is. What is held back is never delivered, and no state is kept."""
@@ -238,4 +269,11 @@ class Sequence:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             num_sampled_tokens=self.num_sampled if finish_reason is not None else 0,
+            num_kept_tokens=self._num_kept_tokens(finish_reason) if finish_reason is not None else 0,
         )
+
+    def _num_kept_tokens(self, reason: FinishReason) -> int:
+        """Return how many tokens of the prompt were computed here, and a state that has consumed them is kept."""
+        keeps_all = self.request.keep_state and reason is not FinishReason.ABORT
+        num_kept = len(self.request.prompt_ids) if keeps_all else self.num_kept
+        return max(0, num_kept - self.origin.num_cached)

@@ -5,6 +5,7 @@ engine's own last line: nothing that passes here can break a step for the others
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import inf, isfinite
 
 from engine.errors import InvalidRequest
@@ -13,8 +14,7 @@ from engine.token_chain import DIGEST_BYTES, extend_digest
 
 MAX_STOP_STRING_BYTES = 65_536  # of all stop strings of a request together: its automaton has a node a byte
 
-# Of a grammar. A schema's size says little about its cost, the others' more: every rule may nest in every other.
-MAX_GRAMMAR_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 16_384, "lark": 16_384}
+MAX_GRAMMAR_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 65_536, "lark": 65_536}
 
 
 def validate(request: GenerationRequest, vocab_size: int, max_logprobs: int) -> None:
@@ -23,6 +23,7 @@ def validate(request: GenerationRequest, vocab_size: int, max_logprobs: int) -> 
     _require_ids(request.prompt_ids, "prompt_ids", vocab_size)
     _require_num_logprobs(request.num_prompt_logprobs, "num_prompt_logprobs", max_logprobs)
     _validate_source(request.source, vocab_size)
+    _validate_borders(request)
     _validate_sampling(request.sampling, vocab_size, max_logprobs)
     _validate_stop(request.stop, vocab_size)
     _require_ids(request.counted_ids, "counted_ids", vocab_size)
@@ -41,6 +42,14 @@ def _validate_source(source: StateSource, vocab_size: int) -> None:
     elif source.replay_ids:
         whole = len(source.replay_ids) == source.num_tokens
         _require(whole, "source", "has replay_ids that are not the whole history, and no checkpoint")
+
+
+def _validate_borders(request: GenerationRequest) -> None:
+    borders = request.borders
+    _require(not borders or request.source.num_tokens == 0, "borders", "is only for the empty history")
+    edges = [0, *borders, len(request.prompt_ids)]
+    ascending = all(before < after for before, after in pairwise(edges))
+    _require(not borders or ascending, "borders", "is not ascending, or not inside the prompt")
 
 
 def _validate_sampling(sampling: SamplingParams, vocab_size: int, max_logprobs: int) -> None:

@@ -69,6 +69,16 @@ def decode_state(
     return RecurrentState(wanted.num_tokens, wanted.chain, _tensors(payload, spec))
 
 
+def derived_id(spec: StateSpec, chain: bytes, computed_by: str) -> str:
+    """Return the name of a stored state that follows from what it is: 128 bits in hex.
+
+    `computed_by` names what else its last bits depend on, besides the model and the tokens.
+    """
+    identity = {**_metadata(spec, 0, chain), "computed_by": computed_by}
+    del identity["num_tokens"]  # the chain says it
+    return hashlib.blake2b(_canonical_json(identity), digest_size=16, person=b"sostenuto-prefix").hexdigest()
+
+
 def _check_fits(state: RecurrentState, spec: StateSpec) -> None:
     expected = {tensor.name: (torch.Size(tensor.shape), tensor.dtype) for tensor in spec.tensors}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in state.tensors.items()} != expected:

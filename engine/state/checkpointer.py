@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from engine.errors import CheckpointError, CheckpointRejected
+from engine.errors import CheckpointError, CheckpointMissing, CheckpointRejected
 from engine.messages import CheckpointRef, CheckpointStored
 from engine.state.checkpoint import decode_state, encode_state
 from engine.state.spec import RecurrentState, StateSpec
@@ -51,9 +51,9 @@ class Checkpointer:
         self._unwanted: SimpleQueue[str] = SimpleQueue()
         self._swept_at: float | None = None
 
-    def save(self, state: RecurrentState) -> Future[CheckpointStored]:
-        """Write `state` under a fresh id. The future raises `StoreUnavailable`."""
-        return self._submit(self._writers, self._save, state)
+    def save(self, state: RecurrentState, checkpoint_id: str | None = None) -> Future[CheckpointStored]:
+        """Write `state` under a fresh id, or one that names just this state. The future raises `StoreUnavailable`."""
+        return self._submit(self._writers, self._save, state, checkpoint_id or secrets.token_hex(16))
 
     def fetch(self, ref: CheckpointRef) -> Future[RecurrentState]:
         """Read the state that `ref` names, verified whole.
@@ -62,6 +62,10 @@ class Checkpointer:
         put where nobody finds it again.
         """
         return self._submit(self._readers, self._fetch, ref)
+
+    def fetch_first(self, refs: Sequence[CheckpointRef]) -> Future[RecurrentState]:
+        """Read the first of `refs` that is there; the future raises as that of `fetch` does, once none is left."""
+        return self._submit(self._readers, self._fetch_first, refs)
 
     def delete(self, checkpoint_ids: Iterable[str]) -> None:
         """Remove checkpoints, some time soon. What cannot be removed expires by itself."""
@@ -87,15 +91,25 @@ class Checkpointer:
         future.add_done_callback(lambda _: self._notify())
         return future
 
-    def _save(self, state: RecurrentState) -> CheckpointStored:
+    def _save(self, state: RecurrentState, checkpoint_id: str) -> CheckpointStored:
         began_at = self._clock()
         blob = encode_state(state, self._spec)
-        checkpoint_id = secrets.token_hex(16)
         self._store.put(checkpoint_id, blob, self._ttl_seconds)
         ref = CheckpointRef(
             checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain, num_bytes=len(blob)
         )
         return CheckpointStored(ref=ref, save_seconds=self._clock() - began_at, tier=self._store.tier)
+
+    def _fetch_first(self, refs: Sequence[CheckpointRef]) -> RecurrentState:
+        reason: CheckpointMissing | CheckpointRejected = CheckpointMissing("none of these states is in the store")
+        for ref in refs:
+            try:
+                return self._fetch(ref)
+            except CheckpointMissing:
+                continue
+            except CheckpointRejected as rejected:
+                reason = rejected
+        raise reason
 
     def _fetch(self, ref: CheckpointRef) -> RecurrentState:
         blob = self._store.get(ref.checkpoint_id)

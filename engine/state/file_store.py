@@ -7,6 +7,7 @@ and then its folder is synced. Its modification time says when it ends.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,7 @@ class FileStore:
     def put(self, checkpoint_id: str, blob: bytes | bytearray | memoryview, ttl_seconds: float) -> None:
         """See `StateStore.put`. When it returns, the blob survives a crash of the machine."""
         path = self._path(checkpoint_id)
-        unfinished = path.with_suffix(UNFINISHED_SUFFIX)
+        unfinished = path.with_suffix(f".{secrets.token_hex(8)}{UNFINISHED_SUFFIX}")  # others may write this name, too
         with _unavailable_on_os_error():
             self._require_space(memoryview(blob).nbytes)
             self._make_folder(path.parent)

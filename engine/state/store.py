@@ -1,7 +1,7 @@
 """Where state checkpoints are kept: a contract for immutable blobs that may vanish, but never change.
 
 Used by the engine's checkpoint threads only, hence synchronous. An implementation promises: `put` is whole or nothing;
-`get` returns exactly the bytes of one `put`, or raises; every blob lives at most `ttl_seconds`, extended by nobody.
+`get` returns exactly the bytes of one `put`, or raises; every blob lives at most `ttl_seconds` from its last `put`.
 What a blob means is `engine.state.checkpoint`'s business.
 """
 
@@ -34,7 +34,11 @@ class StateStore(Protocol):
     tier: str  # memory | file | redis: a metric label
 
     def put(self, checkpoint_id: str, blob: bytes | bytearray | memoryview, ttl_seconds: float) -> None:
-        """Store `blob` under a name that was never used before; raises `StoreUnavailable`."""
+        """Store `blob` under its name; raises `StoreUnavailable`.
+
+        A name is used for one state only: fresh, or derived from what the state is. Several may write the latter, at
+        once too; what is then read is whole, or (if they wrote different bytes) is rejected by its digest.
+        """
         ...
 
     def get(self, checkpoint_id: str) -> bytearray:

@@ -17,12 +17,16 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""  # the beginning of a character
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Return the text that `token_ids` complete; the beginning of a character waits for its end."""
-        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
+        data = self._begun + b"".join(map(self._tokenizer.token_bytes, token_ids))
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._begun = data[num_decoded:]
+        return text
 
     def flush(self) -> str:
         """Return what is left when no more ids come: U+FFFD if a character was never completed, else nothing."""
-        return self._decoder.decode(b"", final=True)
+        rest, self._begun = self._begun, b""
+        return rest.decode("utf-8", "replace")

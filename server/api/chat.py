@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     answering,
@@ -33,6 +34,7 @@ from server.generation import (
     Generation,
     Prompted,
     Started,
+    borders_of,
     generate_choices,
     generate_turn,
 )
@@ -69,10 +71,18 @@ from server.templates import (
 )
 from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 
-@router.post("/v1/chat/completions")
+@router.operation(
+    "POST",
+    "/v1/chat/completions",
+    body=ChatRequest,
+    reply=ChatCompletion,
+    chunk=ChatChunk,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf
 ) -> Response:
@@ -91,7 +101,7 @@ async def create_chat_completion(
         if selector is None:
             prompt = planner.render(services.template)
             writer.expect(prompt)
-            await generate_choices(services, generation, await planner.plans(prompt))
+            await generate_choices(services, generation, tenant_of(request), await planner.plans(prompt))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
             template = template_of(turn.conversation, services)
@@ -173,13 +183,21 @@ class Planner:
     async def plans(self, prompt: RenderedPrompt) -> list[ChoicePlan]:
         """Return `n` choices of the prompt."""
         tokenizer = self._services.tokenizer
-        prompt_ids, _ = await self._services.encode_pieces(prompt.pieces)
+        prompt_ids, ends = await self._services.encode_pieces(prompt.pieces)
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
         sampling = answering(self._sampling, prompt.opening, self._body.toolbox)
         return [
-            ChoicePlan(index, prompt_ids, with_choice(sampling, index), stop, priority=self._body.priority)
+            ChoicePlan(
+                index,
+                prompt_ids,
+                with_choice(sampling, index),
+                stop,
+                priority=self._body.priority,
+                borders=borders_of(prompt, ends, is_stateful=self._body.is_stateful),
+                keep_state=True,
+            )
             for index in range(self._body.n)
         ]
 

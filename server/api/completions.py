@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
+from server.api.operations import IF_MATCH, TURN_ERRORS, Router
 from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
 from server.api.requests import (
     check_model,
@@ -42,12 +43,20 @@ from server.streaming import respond
 from server.templates import AnswerText
 from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-@router.post("/v1/completions")
+@router.operation(
+    "POST",
+    "/v1/completions",
+    body=CompletionRequest,
+    reply=Completion,
+    chunk=Completion,
+    errors=TURN_ERRORS,
+    headers=[IF_MATCH],
+)
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
 ) -> Response:
@@ -64,7 +73,7 @@ async def create_completion(
     async def generate(generation: Generation) -> None:
         selector = conversation_of(body, tenant_of(request))
         if selector is None:
-            await generate_choices(services, generation, planner.plans(prompts))
+            await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
             base = await turn.base()

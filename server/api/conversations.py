@@ -7,8 +7,9 @@ import uuid
 from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Depends, Path, Query, Request, Response
 
+from server.api.operations import IF_MATCH, Router
 from server.api.replies import page_of
 from server.api.requests import version_in_header
 from server.conversations import edits
@@ -26,16 +27,20 @@ from server.schemas.conversations import (
     RewindRequest,
 )
 from server.schemas.generation import CONVERSATION_ID
+from server.schemas.items import ItemList
 from server.services import ServicesOf
 from server.streaming import json_response
 from server.tenants import tenant_of
 
-router = APIRouter()
+router = Router()
 
 _IS_ID = re.compile(CONVERSATION_ID)
 
 
-def _existing(request: Request, conversation_id: str) -> str:
+InPath = Annotated[str, Path(json_schema_extra={"pattern": f"^{CONVERSATION_ID}$"})]
+
+
+def _existing(request: Request, conversation_id: InPath) -> str:
     """Return the ledger's id for the one in a request's path; what no conversation can be called does not exist."""
     if _IS_ID.fullmatch(conversation_id) is None:
         raise ConversationNotFound(conversation_id)
@@ -50,7 +55,17 @@ Order = Literal["asc", "desc"]
 Include = Annotated[list[str] | None, Query(alias="include[]")]
 
 
-@router.post("/v1/conversations")
+LINK = {"conversation_id": "$response.body#/id"}
+
+
+@router.operation(
+    "POST",
+    "/v1/conversations",
+    body=ConversationRequest,
+    reply=ConversationReply,
+    errors=[409],
+    links={"retrieve_conversation": LINK, "delete_conversation": LINK},
+)
 async def create_conversation(
     request: Request,
     body: Annotated[ConversationRequest, Depends(json_body(ConversationRequest))],
@@ -62,13 +77,19 @@ async def create_conversation(
     return _described(await services.turns.create(conversation_id, body.metadata, items=items))
 
 
-@router.get("/v1/conversations/{conversation_id}")
+@router.operation("GET", "/v1/conversations/{conversation_id}", reply=ConversationReply, errors=[404, 410])
 async def retrieve_conversation(conversation_id: Id, services: ServicesOf) -> Response:
     """Describe a conversation."""
     return _described(await services.turns.get(conversation_id))
 
 
-@router.post("/v1/conversations/{conversation_id}")
+@router.operation(
+    "POST",
+    "/v1/conversations/{conversation_id}",
+    body=ConversationUpdate,
+    reply=ConversationReply,
+    errors=[404, 410],
+)
 async def update_conversation(
     conversation_id: Id,
     body: Annotated[ConversationUpdate, Depends(json_body(ConversationUpdate))],
@@ -82,7 +103,13 @@ async def update_conversation(
     return _described(head)
 
 
-@router.delete("/v1/conversations/{conversation_id}")
+@router.operation(
+    "DELETE",
+    "/v1/conversations/{conversation_id}",
+    reply=ConversationDeleted,
+    errors=[404, 410],
+    links={"retrieve_conversation": LINK},
+)
 async def delete_conversation(conversation_id: Id, services: ServicesOf) -> Response:
     """Delete a conversation, its turns and its states; a turn in progress will not be applied."""
     await services.turns.delete(conversation_id)
@@ -92,7 +119,14 @@ async def delete_conversation(conversation_id: Id, services: ServicesOf) -> Resp
 # -- what was said ----------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/conversations/{conversation_id}/items")
+@router.operation(
+    "POST",
+    "/v1/conversations/{conversation_id}/items",
+    body=ItemsRequest,
+    reply=ItemList,
+    errors=[404, 409, 410, 412],
+    headers=[IF_MATCH],
+)
 async def create_items(
     request: Request,
     conversation_id: Id,
@@ -107,7 +141,7 @@ async def create_items(
     return json_response(page_of(bodies, after=None, limit=len(bodies), newest_first=False))
 
 
-@router.get("/v1/conversations/{conversation_id}/items")
+@router.operation("GET", "/v1/conversations/{conversation_id}/items", reply=ItemList, errors=[400, 404, 410])
 async def list_items(
     conversation_id: Id,
     services: ServicesOf,
@@ -122,14 +156,22 @@ async def list_items(
     return json_response(page_of(bodies, after=after, limit=limit, newest_first=order == "desc"))
 
 
-@router.get("/v1/conversations/{conversation_id}/items/{item_id}")
+@router.operation(
+    "GET", "/v1/conversations/{conversation_id}/items/{item_id}", media_type="application/json", errors=[404, 410]
+)
 async def retrieve_item(conversation_id: Id, item_id: str, services: ServicesOf, include: Include = None) -> Response:
     """Return one thing that was said."""
     _, history = await services.turns.history(conversation_id)
     return Response(_find(history.items, item_id).body, media_type="application/json")
 
 
-@router.delete("/v1/conversations/{conversation_id}/items/{item_id}")
+@router.operation(
+    "DELETE",
+    "/v1/conversations/{conversation_id}/items/{item_id}",
+    reply=ConversationReply,
+    errors=[400, 404, 409, 410, 412],
+    headers=[IF_MATCH],
+)
 async def delete_item(request: Request, conversation_id: Id, item_id: str, services: ServicesOf) -> Response:
     """Take something back; the next turn goes on from the state before it, and reads again what came after."""
     await edits.delete_item(services.turns, conversation_id, item_id, version_in_header(request))
@@ -139,7 +181,13 @@ async def delete_item(request: Request, conversation_id: Id, item_id: str, servi
 # -- where it goes on -------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/conversations/{conversation_id}/fork")
+@router.operation(
+    "POST",
+    "/v1/conversations/{conversation_id}/fork",
+    body=ForkRequest,
+    reply=ConversationReply,
+    errors=[404, 409, 410],
+)
 async def fork_conversation(
     request: Request,
     conversation_id: Id,
@@ -152,7 +200,14 @@ async def fork_conversation(
     return _described(head)
 
 
-@router.post("/v1/conversations/{conversation_id}/rewind")
+@router.operation(
+    "POST",
+    "/v1/conversations/{conversation_id}/rewind",
+    body=RewindRequest,
+    reply=ConversationReply,
+    errors=[404, 409, 410, 412],
+    headers=[IF_MATCH],
+)
 async def rewind_conversation(
     request: Request,
     conversation_id: Id,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
+from server.api.operations import Router
 from server.errors import UnknownModel
 from server.schemas.models import ModelCard, ModelList
 from server.services import ServedModel, ServicesOf
 from server.streaming import json_response
 
-router = APIRouter()
+router = Router()
 
 
-@router.get("/v1/models")
+@router.operation("GET", "/v1/models", reply=ModelList)
 async def list_models(services: ServicesOf) -> Response:
     """List the one model."""
     return json_response(ModelList(data=[_card(services.model)]))
 
 
 # A name may hold slashes, as Hugging Face's do.
-@router.get("/v1/models/{model_id:path}")
+@router.operation("GET", "/v1/models/{model_id:path}", reply=ModelCard, errors=[404])
 async def retrieve_model(model_id: str, services: ServicesOf) -> Response:
     """Describe the one model."""
     if model_id != services.model.name:

@@ -13,7 +13,7 @@ from server.conversations.open_turn import TurnReceipt
 from server.errors import BadRequest
 from server.generation import ChoiceEvent, Finished, Prompted
 from server.schemas.items import ItemList
-from server.schemas.replies import ConversationInfo, Usage
+from server.schemas.replies import ConversationInfo, PromptTokens, Usage
 from server.services import ServedModel
 
 # JSON has no infinity. A log-probability this low is none at all.
@@ -36,21 +36,29 @@ class Meter:
     def __init__(self, choices_per_prompt: int) -> None:
         self._choices_per_prompt = choices_per_prompt
         self._num_prompt_tokens: dict[int, int] = {}  # by prompt: its choices share one
+        self._num_cached_tokens: dict[int, int] = {}  # likewise: what one of them computes, the others need not
+        self._num_kept_tokens: dict[int, int] = {}
         self._num_output_tokens = 0
         self._receipt: TurnReceipt | None = None
 
     def see(self, event: ChoiceEvent) -> None:
         """Take in an event."""
+        prompt = event.index // self._choices_per_prompt
         if isinstance(event, Prompted):
-            self._num_prompt_tokens[event.index // self._choices_per_prompt] = len(event.prompt_ids)
+            self._num_prompt_tokens[prompt] = len(event.prompt_ids)
         elif isinstance(event, Finished):
+            known = self._num_cached_tokens.get(prompt, event.num_cached_tokens)
+            self._num_cached_tokens[prompt] = min(known, event.num_cached_tokens)
+            self._num_kept_tokens[prompt] = max(self._num_kept_tokens.get(prompt, 0), event.num_kept_tokens)
             self._num_output_tokens += event.num_output_tokens
             self._receipt = event.receipt
 
     @property
     def usage(self) -> Usage:
         """The count so far."""
-        return Usage.of(sum(self._num_prompt_tokens.values()), self._num_output_tokens, self._receipt)
+        counts = (self._num_prompt_tokens, self._num_cached_tokens, self._num_kept_tokens)
+        prompts = PromptTokens(*(sum(count.values()) for count in counts))
+        return Usage.of(prompts, self._num_output_tokens, self._receipt)
 
     @property
     def conversation(self) -> ConversationInfo | msgspec.UnsetType:

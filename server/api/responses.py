@@ -7,9 +7,10 @@ import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from fastapi import Response as HttpResponse
 
+from server.api.operations import Router
 from server.api.replies import page_of
 from server.api.requests import check_model
 from server.conversations.ledger import LedgerError
@@ -19,11 +20,13 @@ from server.parsing import json_body
 from server.responses.answering import Answering
 from server.responses.errors import ResponseNotFound
 from server.responses.log import is_hidden
-from server.responses.writer import frames_after
+from server.responses.writer import Event, frames_after
+from server.schemas.items import ItemList
 from server.schemas.responses import (
     RESPONSE_ID,
     InputTokensReply,
     InputTokensRequest,
+    Response,
     ResponseDeleted,
     ResponseRequest,
 )
@@ -31,7 +34,7 @@ from server.services import ServicesOf
 from server.streaming import RecordedStream, json_response, respond
 from server.tenants import budget_of, tenant_of
 
-router = APIRouter()
+router = Router()
 
 _IS_ID = re.compile(RESPONSE_ID)
 
@@ -45,7 +48,18 @@ def _existing(response_id: str) -> str:
 Id = Annotated[str, Depends(_existing)]
 
 
-@router.post("/v1/responses")
+LINK = {"response_id": "$response.body#/id"}
+
+
+@router.operation(
+    "POST",
+    "/v1/responses",
+    body=ResponseRequest,
+    reply=Response,
+    chunk=Event,
+    errors=[404, 409, 410],
+    links={"retrieve_response": LINK, "list_input_items": LINK, "delete_response": LINK, "cancel_response": LINK},
+)
 async def create_response(
     request: Request, body: Annotated[ResponseRequest, Depends(json_body(ResponseRequest))], services: ServicesOf
 ) -> HttpResponse:
@@ -66,7 +80,9 @@ async def create_response(
     return json_response(answering.draft.begun("queued"))
 
 
-@router.post("/v1/responses/input_tokens")
+@router.operation(
+    "POST", "/v1/responses/input_tokens", body=InputTokensRequest, reply=InputTokensReply, errors=[404, 409, 410]
+)
 async def count_input_tokens(
     request: Request, body: Annotated[InputTokensRequest, Depends(json_body(InputTokensRequest))], services: ServicesOf
 ) -> HttpResponse:
@@ -76,7 +92,7 @@ async def count_input_tokens(
     return json_response(InputTokensReply(input_tokens=await answering.count()))
 
 
-@router.get("/v1/responses/{response_id}")
+@router.operation("GET", "/v1/responses/{response_id}", reply=Response, chunk=Event, errors=[400, 404])
 async def retrieve_response(
     request: Request,
     response_id: Id,
@@ -101,7 +117,7 @@ async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-@router.delete("/v1/responses/{response_id}")
+@router.operation("DELETE", "/v1/responses/{response_id}", reply=ResponseDeleted, errors=[404])
 async def delete_response(request: Request, response_id: Id, services: ServicesOf) -> HttpResponse:
     """Delete a response. What it said stays while its chain is continued, and goes with the last response of that."""
     tenant = tenant_of(request)
@@ -116,7 +132,7 @@ async def delete_response(request: Request, response_id: Id, services: ServicesO
     return json_response(ResponseDeleted(id=response_id))
 
 
-@router.post("/v1/responses/{response_id}/cancel")
+@router.operation("POST", "/v1/responses/{response_id}/cancel", reply=Response, errors=[400, 404])
 async def cancel_response(request: Request, response_id: Id, services: ServicesOf) -> HttpResponse:
     """End a response that is generated in the background; one that has ended stays as it is."""
     tenant = tenant_of(request)
@@ -131,7 +147,7 @@ async def cancel_response(request: Request, response_id: Id, services: ServicesO
     return json_response(stored.response)
 
 
-@router.get("/v1/responses/{response_id}/input_items")
+@router.operation("GET", "/v1/responses/{response_id}/input_items", reply=ItemList, errors=[400, 404])
 async def list_input_items(
     request: Request,
     response_id: Id,

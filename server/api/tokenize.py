@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import Depends, Response
 
+from server.api.operations import Router
 from server.api.requests import check_model
 from server.errors import BadRequest
 from server.parsing import json_body
@@ -20,10 +21,10 @@ from server.schemas.tokenize import (
 from server.services import ServicesOf
 from server.streaming import json_response
 
-router = APIRouter()
+router = Router()
 
 
-@router.post("/tokenize")
+@router.operation("POST", "/tokenize", body=TokenizeRequest, reply=TokenizeReply, errors=[404])
 async def tokenize(
     body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))], services: ServicesOf
 ) -> Response:
@@ -34,7 +35,7 @@ async def tokenize(
     return json_response(TokenizeReply(count=len(token_ids), tokens=token_ids, token_strs=names))
 
 
-@router.post("/detokenize")
+@router.operation("POST", "/detokenize", body=DetokenizeRequest, reply=DetokenizeReply, errors=[404])
 async def detokenize(
     body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))], services: ServicesOf
 ) -> Response:
@@ -46,7 +47,7 @@ async def detokenize(
     return json_response(DetokenizeReply(services.tokenizer.decode(body.tokens)))
 
 
-@router.get("/tokenizer_info")
+@router.operation("GET", "/tokenizer_info", reply=TokenizerInfo)
 async def tokenizer_info(services: ServicesOf) -> Response:
     """Describe the vocabulary."""
     tokenizer = services.tokenizer

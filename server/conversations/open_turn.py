@@ -193,8 +193,11 @@ class OpenTurn:
         *,
         priority: int = 0,
         keep_state: bool = True,
+        borders: Sequence[int] = (),
     ) -> AsyncIterator[SequenceEvent]:
         """Consume `prompt_ids` after the base's history and yield what comes of it.
+
+        The `borders` of a prompt without history are where it may begin at a state that others left, or leave one.
 
         The first event is the `SequenceStarted` of the attempt that works: a state that cannot be had is replayed from
         the log. Raises `LeaseLost` as soon as it is known, `LogCorrupt`, and what `AsyncEngine.generate` raises.
@@ -202,16 +205,18 @@ class OpenTurn:
         assert self._request is None, "a turn generates once"
         if self._base is None:
             await self.base()
+        source = await self._newest_source()
         self._request = request = GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=sampling,
             stop=stop,
-            source=await self._newest_source(),
+            source=source,
             keep_state=keep_state,
             num_prompt_logprobs=num_prompt_logprobs,
             priority=priority,
             counted_ids=await self._counted_ids(sampling),
+            borders=list(borders) if source.num_tokens == 0 else [],
         )
         async with contextlib.aclosing(self._run_or_replay(request)) as events:
             async for event in events:
@@ -237,6 +242,7 @@ class OpenTurn:
             prompt_ids=prompt_ids + output_ids,
             stop=StopRules(max_tokens=0),
             counted_ids=[],
+            borders=[],
             keep_state=True,
             num_prompt_logprobs=None,
         )

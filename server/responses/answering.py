@@ -19,6 +19,7 @@ from server.generation import (
     Delivered,
     Finished,
     Generation,
+    borders_of,
     generate_alone,
     generate_turn,
     generate_untold,
@@ -92,8 +93,8 @@ class Answering:
         services, body = self._services, self._body
         predecessor = await predecessor_of(body, services.archive, self._tenant)
         if not body.store and predecessor is None and body.conversation is None:
-            plan = await self._plan(self._render(services.template, None))
-            whole, finished = await generate_alone(services, generation, plan)
+            plan = await self._plan(self._render(services.template, None), is_stateful=False)
+            whole, finished = await generate_alone(services, generation, self._tenant, plan)
             self._finish(generation, plan, whole, finished)
             return
         async with opened(services.turns, body, self._tenant, predecessor) as turn:
@@ -101,7 +102,8 @@ class Answering:
             if body.store:
                 await self.announce("in_progress")
             template = template_of(turn.conversation, services)
-            plan = await self._plan(self._render(template, await turn.base(self._preamble(template))))
+            prompt = self._render(template, await turn.base(self._preamble(template)))
+            plan = await self._plan(prompt, is_stateful=True)
             if body.store or body.conversation is not None:
                 await generate_turn(services, generation, turn, plan, partial(self._content, turn, plan))
             else:  # the history stays as it is
@@ -135,14 +137,22 @@ class Answering:
         )
         return self.draft.prompt
 
-    async def _plan(self, prompt: RenderedPrompt) -> ChoicePlan:
+    async def _plan(self, prompt: RenderedPrompt, *, is_stateful: bool) -> ChoicePlan:
         tokenizer = self._services.tokenizer
-        prompt_ids, _ = await self._services.encode_pieces(prompt.pieces)
+        prompt_ids, ends = await self._services.encode_pieces(prompt.pieces)
         stop = self._body.stop_rules(
             self._max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids, prompt.stop_strings
         )
         sampling = answering(self._sampling, prompt.opening, self._body.toolbox)
-        return ChoicePlan(0, prompt_ids, sampling, stop, priority=self._body.priority)
+        return ChoicePlan(
+            0,
+            prompt_ids,
+            sampling,
+            stop,
+            priority=self._body.priority,
+            borders=borders_of(prompt, ends, is_stateful=is_stateful),
+            keep_state=True,
+        )
 
     def _content(self, turn: OpenTurn, plan: ChoicePlan, whole: Delivered, finished: Finished) -> TurnContent:
         """Return what the turn says, its reply in final form included."""

@@ -83,7 +83,7 @@ class Draft:
         )
 
     def completed(
-        self, items: Sequence[Item], whole: Delivered, finished: Finished, num_prompt_tokens: int, num_cached: int = 0
+        self, items: Sequence[Item], whole: Delivered, finished: Finished, num_prompt_tokens: int
     ) -> Response:
         """Return it with its answer: complete, or incomplete where it ran out of tokens."""
         is_complete = finished.reason is not FinishReason.LENGTH
@@ -93,7 +93,7 @@ class Draft:
             completed_at=int(time.time()) if is_complete else None,
             incomplete_details=None if is_complete else IncompleteDetails(reason="max_output_tokens"),
             output=[msgspec.Raw(item.body) for item in items],
-            usage=self._usage(whole, num_prompt_tokens, num_cached, finished.receipt),
+            usage=self._usage(whole, finished, num_prompt_tokens),
             state=self._state(finished.receipt),
         )
 
@@ -113,13 +113,12 @@ class Draft:
         assert self.prompt is not None, "an answer follows a prompt"
         return AnswerReader(self.prompt.opening, self._toolbox)
 
-    def _usage(
-        self, whole: Delivered, num_prompt_tokens: int, num_cached: int, receipt: TurnReceipt | None
-    ) -> ResponseUsage:
+    def _usage(self, whole: Delivered, finished: Finished, num_prompt_tokens: int) -> ResponseUsage:
+        receipt = finished.receipt
         num_history = 0 if receipt is None else receipt.num_history_tokens
-        cached = num_cached + (0 if receipt is None else receipt.num_cached_tokens)
+        cached = finished.num_cached_tokens + (0 if receipt is None else receipt.num_cached_tokens)
         num_input, num_output = num_history + num_prompt_tokens, len(whole.token_ids)
-        written = 0 if receipt is None else num_input - cached + num_output
+        written = finished.num_kept_tokens if receipt is None else num_input - cached + num_output
         return ResponseUsage(
             input_tokens=num_input,
             input_tokens_details=InputTokensDetails(cached_tokens=cached, cache_write_tokens=written),

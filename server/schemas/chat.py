@@ -66,7 +66,9 @@ class Message(StrictModel):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts)] = None
+    content: Annotated[
+        list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart] | None)
+    ] = None
     reasoning_content: str | None = None  # sent back with an answer; the trained form of a history has no thoughts
     tool_calls: list[MessageToolCall] = []
     tool_call_id: CallId | None = None

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 from engine.messages import Grammar, SamplingParams, StopRules
 from server.errors import BadRequest
 from server.schemas.strict import StrictModel
-from server.schemas.structured import StructuredOutputs, lark_grammar, regex_grammar
+from server.schemas.structured import GrammarText, StructuredOutputs, lark_grammar, regex_grammar
 
 MAX_CHOICES = 16  # n, and what a batch of prompts may add up to with it is MAX_SEQUENCES
 MAX_SEQUENCES = 128
@@ -23,6 +23,9 @@ MAX_QUEUE_MS = 60_000
 
 CONVERSATION_ID = r"[A-Za-z0-9_.:@-]{1,128}"
 ConversationId = Annotated[str, StringConstraints(pattern=rf"^{CONVERSATION_ID}$")]
+
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 
 
 def _as_list(value: object) -> object:
@@ -73,21 +76,21 @@ class SamplingFields(StrictModel):
     top_n_sigma: float = Field(0.0, ge=-1, le=100)  # 0 and, as elsewhere, -1: off
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)  # float32 has room for a score divided by it
     penalty_decay: float = Field(1.0, gt=0, le=1)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=MAX_LOGIT_BIASES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
 
-    stop: Annotated[
-        list[Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]], BeforeValidator(_as_list)
-    ] = Field([], max_length=MAX_STOPS)
+    stop: Annotated[list[StopText], BeforeValidator(_as_list, json_schema_input_type=StopText | StopTexts)] = Field(
+        [], max_length=MAX_STOPS
+    )
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
 
     structured_outputs: StructuredOutputs | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
+    guided_regex: GrammarText | None = None
+    guided_grammar: GrammarText | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
 
     @model_validator(mode="after")
@@ -161,7 +164,10 @@ class GenerationFields(SamplingFields):
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
 
-    conversation: Annotated[ConversationReference | None, BeforeValidator(as_reference)] = None
+    conversation: Annotated[
+        ConversationReference | None,
+        BeforeValidator(as_reference, json_schema_input_type=ConversationId | ConversationReference),
+    ] = None
     conversation_id: ConversationId | None = None
     queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
 

@@ -19,7 +19,7 @@ MAX_ITEMS = 4096
 _ANNOTATIONS: dict[str, tuple[object, ...]] = {"annotations": ([],), "logprobs": ([],)}
 
 
-class TextPart(StrictModel):
+class ItemPart(StrictModel):
     """A piece of text. Images, audio and files are refused by their type."""
 
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {**_ANNOTATIONS, "prompt_cache_breakpoint": ()}
@@ -40,7 +40,7 @@ class MessageItem(StrictModel):
 
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    content: Annotated[list[ItemPart], BeforeValidator(_as_parts)]
 
     @property
     def text(self) -> str:
@@ -107,7 +107,7 @@ class FunctionOutputItem(StrictModel):
 
     type: Literal["function_call_output"]
     call_id: Annotated[str, StringConstraints(min_length=1, max_length=128)]
-    output: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    output: Annotated[list[ItemPart], BeforeValidator(_as_parts)]
 
     @property
     def text(self) -> str:

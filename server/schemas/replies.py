@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
 
 from server.conversations.history import name_of
 from server.conversations.open_turn import TurnReceipt
 
 
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Tokens of prompts, without history."""
+
+    num_tokens: int
+    num_cached: int  # not computed: a state had consumed them
+    num_kept: int  # computed, and a state that has consumed them is kept
+
+
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Of the prompt's tokens, how many cost nothing because their state was there."""
+    """Of the prompt's tokens: those that a kept state had consumed, and those that one kept now has."""
 
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -23,12 +35,16 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, num_prompt_tokens: int, num_output_tokens: int, receipt: TurnReceipt | None) -> Usage:
+    def of(cls, prompts: PromptTokens, num_output_tokens: int, receipt: TurnReceipt | None) -> Usage:
         """Count a request's tokens, and those of the history its turn continued."""
-        num_history = receipt.num_history_tokens if receipt is not None else 0
-        num_cached = receipt.num_cached_tokens if receipt is not None else 0
-        num_prompt = num_history + num_prompt_tokens
-        return cls(num_prompt, num_output_tokens, num_prompt + num_output_tokens, PromptTokensDetails(num_cached))
+        num_prompt, num_cached, num_kept = prompts.num_tokens, prompts.num_cached, prompts.num_kept
+        if receipt is not None:
+            num_prompt += receipt.num_history_tokens
+            num_cached += receipt.num_cached_tokens
+            num_kept += receipt.num_replayed_tokens
+        return cls(
+            num_prompt, num_output_tokens, num_prompt + num_output_tokens, PromptTokensDetails(num_cached, num_kept)
+        )
 
 
 class ConversationInfo(msgspec.Struct, frozen=True):

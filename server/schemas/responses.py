@@ -105,6 +105,8 @@ class ResponseRequest(SamplingFields):
         "service_tier": ("auto", "default"),
         "moderation": (),
         "background_options": (),
+        "image": (),
+        "access_programs": (),
     }
 
     input: Annotated[InputItems, BeforeValidator(_as_items)] = Field(min_length=1)

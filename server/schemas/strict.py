@@ -10,6 +10,21 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from server.errors import BadRequest
 
+NULL = {"type": "null"}
+
+
+def _describe_leniency(schema: dict[str, Any], model: type[StrictModel]) -> None:
+    """Say in the JSON schema what else is accepted: `null` for what may be absent, and the fields we do not have."""
+    properties = schema.setdefault("properties", {})
+    for name, field in properties.items():
+        if name not in schema.get("required", ()) and NULL not in field.get("anyOf", ()):
+            default = {"default": field.pop("default")} if "default" in field else {}
+            properties[name] = {"anyOf": [field, NULL], **default}
+    for name in sorted(model.without_effect):
+        properties[name] = {"description": "Accepted without effect."}
+    for name, values in model.neutral_values.items():
+        properties[name] = {"enum": [*values, None], "description": "Not supported: only what asks for nothing."}
+
 
 class StrictModel(BaseModel):
     """A request body, or a part of one.
@@ -17,7 +32,14 @@ class StrictModel(BaseModel):
     `true` is not 1, "3" is not 3, NaN is nothing. `null` means the same as leaving the field out.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        protected_namespaces=(),
+        json_schema_extra=_describe_leniency,
+    )
 
     # OpenAI's fields that change nothing about the answer, whatever they say.
     without_effect: ClassVar[frozenset[str]] = frozenset()

@@ -13,7 +13,11 @@ from server.errors import BadRequest
 from server.schemas.strict import StrictModel
 
 MAX_CHOICES = 1024
+# A schema may have four times as many bytes. Rules nest in each other: what a step of a grammar may cost grows with
+# the square of its length, and the engine waits for it.
+MAX_GRAMMAR_CHARS = 16_384
 
+GrammarText = Annotated[str, StringConstraints(max_length=MAX_GRAMMAR_CHARS)]
 
 SchemaName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -58,8 +62,8 @@ class StructuredOutputs(StrictModel):
     """vLLM's way to ask for a form: exactly one of four."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    grammar: str | None = None
+    regex: GrammarText | None = None
+    grammar: GrammarText | None = None
     choice: list[str] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
 
     @model_validator(mode="after")
@@ -67,6 +71,9 @@ class StructuredOutputs(StrictModel):
         if sum(value is not None for value in (self.json_, self.regex, self.grammar, self.choice)) != 1:
             message = "exactly one of json, regex, grammar and choice says what the output looks like."
             raise BadRequest(f"structured_outputs: {message}", "structured_outputs")
+        if sum(map(len, self.choice or ())) > MAX_GRAMMAR_CHARS:
+            message = f"at most {MAX_GRAMMAR_CHARS} characters together."
+            raise BadRequest(f"structured_outputs.choice: {message}", "structured_outputs.choice")
         return self
 
     @property

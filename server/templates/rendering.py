@@ -47,12 +47,14 @@ Piece = str | tuple[int, ...]  # text, or token ids that are known already; neve
 class RenderedPrompt:
     """What the model is to read next, and how to read its answer.
 
-    A piece ends after the opening of every answer and after every answer. Only the last ends a prompt.
+    A piece ends after the opening of every answer and after every answer, and one after the system messages that begin
+    a history: many prompts share these. Only the last piece ends a prompt.
     """
 
     pieces: tuple[Piece, ...]
     stop_strings: tuple[str, ...]
     opening: Opening
+    has_preamble: bool = False  # the first piece is these system messages, and nothing else
 
     @property
     def text(self) -> str:
@@ -86,8 +88,11 @@ def render(
     opening = _opening(template, reasoning_effort, must_call=must_call)
     parts, offset = _with_preamble(parts, preamble, template)
     prompt = _Pieces()
+    preamble_size = _preamble_size(parts, template) if first else 0
     for place, part in enumerate(parts):
         prompt.extend("" if first and place == 0 else template.border)
+        if 0 < place == preamble_size:
+            prompt.cut()
         field = f"messages[{place - offset - num_known}]"
         if isinstance(part, Answer):
             prompt.answer(part)
@@ -98,7 +103,14 @@ def render(
     if last.role == "user":
         prompt.extend(opening.hint)
     prompt.extend(template.border + opening.text)
-    return RenderedPrompt(prompt.finish(), template.stop_strings, opening)
+    has_preamble = 0 < preamble_size < len(parts)
+    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble)
+
+
+def _preamble_size(parts: Sequence[Part], template: Template) -> int:
+    """Return how many system messages begin the history; none if the template has nothing to part them by."""
+    others = (place for place, part in enumerate(parts) if isinstance(part, Answer) or part.role not in SYSTEM_ROLES)
+    return next(others, len(parts)) if template.border else 0
 
 
 def _with_preamble(parts: Sequence[Part], preamble: str, template: Template) -> tuple[Sequence[Part], int]:
@@ -128,6 +140,10 @@ class _Pieces:
     def answer(self, answer: Answer) -> None:
         self._text += answer.opening
         self._pieces += [self._text, answer.written]
+        self._text = ""
+
+    def cut(self) -> None:
+        self._pieces.append(self._text)
         self._text = ""
 
     def finish(self) -> tuple[Piece, ...]:

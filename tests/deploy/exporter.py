@@ -20,7 +20,7 @@ from engine.messages import (
     StepStats,
 )
 from server.conversations.ledger import Durability
-from server.metrics import ENGINE_COUNTERS, Metrics
+from server.metrics import ENGINE_COUNTERS, LABELLED_ENGINE_COUNTERS, Metrics
 
 READY = EngineReady(
     fingerprint="f", generation="7", vocab_size=256, num_layers=2, width=64, num_parameters=1, state_bytes=2_000_000,
@@ -70,9 +70,11 @@ class Exporter:
 
 def feed_engine(metrics: Metrics, rounds: int) -> None:
     """Add a step and a sequence of each kind."""
+    labelled = {f"{name}:{value}" for name, (*_, values) in LABELLED_ENGINE_COUNTERS.items() for value in values}
+    counters = dict.fromkeys({*ENGINE_COUNTERS, *labelled}, float(rounds))
     stats = EngineStats(
         num_steps=rounds, num_running=2, num_waiting=1, num_slots_used=3, num_slots=17, num_hot_states=4,
-        hot_state_bytes=8_000_000, pending_checkpoints=1, counters=dict.fromkeys(ENGINE_COUNTERS, float(rounds)),
+        hot_state_bytes=8_000_000, pending_checkpoints=1, counters=counters,
     )  # fmt: skip
     step = StepStats(step_seconds=0.004, num_decode_tokens=2, num_prefill_tokens=30, num_sequences=3)
     metrics.engine.report(StepReport(step=step, stats=stats))

@@ -35,6 +35,7 @@ HEALTHY = {
     'rwkv_http_requests_total{route="/health",status="503"}': "900",
     'rwkv_errors_total{code="store_unavailable"}': "0",
     'rwkv_admission_rejections_total{reason="queue_full"}': "1",
+    'rwkv_admission_rejections_total{reason="rate_limit_exceeded"}': "1",
     'rwkv_turn_conflicts_total{reason="busy"}': "1",
     'rwkv_turn_commits_total{durability="fsynced"}': "500",
     'rwkv_turn_resumes_total{kind="hot"}': "480",
@@ -71,6 +72,7 @@ STORIES: dict[str, tuple[dict[str, str | None], set[str]]] = {
     ),
     "sequences wait without a break": ({"rwkv_sequences_waiting": "=2 5"}, {"SequencesWaiting"}),
     "requests are turned away": ({'rwkv_admission_rejections_total{reason="queue_full"}': "50"}, {"RequestsRejected"}),
+    "a tenant asks beyond its limits": ({'rwkv_admission_rejections_total{reason="rate_limit_exceeded"}': "50"}, set()),
     "turns collide": (
         {'rwkv_turn_conflicts_total{reason="busy"}': "100"},
         {"ConversationsContended"},

@@ -14,11 +14,11 @@ import torch
 
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
-from engine.runner.grammars import Allowed, GrammarMatcher
+from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
-MAX_TOKENS = 512
+MAX_TOKENS = 2048
 Model = Callable[[Sequence[int], SamplingParams], int]
 
 STUB_SPEC = StateSpec(
@@ -79,6 +79,7 @@ class StubRunner:
         self.poisonous = poisonous
         self.explosive = explosive
         self.slots: list[list[int] | None] = [None] * num_slots
+        self.consumed: list[list[int]] = [[] for _ in range(num_slots)]  # by the slot's request: what penalties see
         self.plans: list[StepPlan] = []
         self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
@@ -102,6 +103,7 @@ class StubRunner:
         assert tape is not None, "the slot has no state"
         assert len(chunk.token_ids) > 0
         tape.extend(chunk.token_ids)
+        self.consumed[chunk.slot].extend(chunk.token_ids[chunk.num_replayed :])
         assert chunk.position == len(tape), "position is the number of tokens before the sampled one"
         if self.poisonous in chunk.token_ids:
             self.slots[chunk.slot] = None
@@ -112,22 +114,22 @@ class StubRunner:
             prompt_logprobs = [None if i is None else TokenLogprobs(-float(i)) for i in chunk.target_ids]
         if chunk.sampling is None:
             return ChunkOutput(prompt_logprobs=prompt_logprobs)
-        if chunk.matcher is not None and (allowed := chunk.matcher.allowed((), may_stop=True)) is None:
-            return ChunkOutput(prompt_logprobs=prompt_logprobs, is_complete=True)
         token_id = self.model(tape, chunk.sampling)
         logprobs = TokenLogprobs(-float(token_id)) if chunk.sampling.num_logprobs is not None else None
         output = ChunkOutput(token_id, logprobs, prompt_logprobs)
-        return output if chunk.matcher is None else _followed(output, chunk.matcher, allowed)
+        return output if chunk.matcher is None else _constrained(output, chunk.matcher)
 
     def start(self, slot: int) -> None:
         """Give the slot the empty history."""
         self._check_device()
-        self.slots[slot] = []
+        self.slots[slot], self.consumed[slot] = [], []
 
-    def load(self, slot: int, state: RecurrentState) -> None:
-        """Give the slot the history in `state`."""
+    def load(self, slot: int, state: RecurrentState, consumed_ids: Sequence[int] = ()) -> None:
+        """Give the slot the history in `state`, which must end with what the request is said to have consumed."""
         self._check_device()
-        self.slots[slot] = tokens_of(state)
+        tape = tokens_of(state)
+        assert tape[len(tape) - len(consumed_ids) :] == list(consumed_ids)
+        self.slots[slot], self.consumed[slot] = tape, list(consumed_ids)
 
     def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Note what penalties count from the beginning."""
@@ -155,11 +157,14 @@ class StubRunner:
             raise DeviceFault("the device is gone")
 
 
-def _followed(output: ChunkOutput, matcher: GrammarMatcher, allowed: Allowed) -> ChunkOutput:
+def _constrained(output: ChunkOutput, matcher: GrammarMatcher) -> ChunkOutput:
     """Return the output with the lowest allowed token if its own is not allowed."""
     assert output.token_id is not None
-    token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
     try:
+        allowed = matcher.allowed((), may_stop=True)
+        if allowed is None:
+            return replace(output, token_id=None, logprobs=None, is_complete=True)
+        token_id = output.token_id if allowed[output.token_id] else int(allowed.argmax())
         matcher.advance(token_id)
     except InvalidRequest as error:
         return ChunkOutput(grammar_error=str(error))

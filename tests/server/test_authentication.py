@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import openai
 import pytest
 from fastapi.routing import APIRoute
 
-from server.api import chat, completions, conversations, health, models, tokenize
+from server.app import ROUTERS
 from server.security import OPEN_PATHS
 from tests.server.conftest import OPTIONS
 from tests.server.replies import error_of
@@ -20,9 +21,9 @@ from tests.server_process import ServerProcess
 
 KEY = "s3cret-key"
 ROUTES = [
-    (method, route.path.replace("{model_id:path}", "test").replace("{conversation_id}", "c"))
-    for family in (chat, completions, conversations, health, models, tokenize)
-    for route in family.router.routes
+    (method, re.sub(r"{\w+(:path)?}", "test", route.path))
+    for router in ROUTERS
+    for route in router.routes
     if isinstance(route, APIRoute)
     for method in sorted(route.methods or ())
 ]
@@ -34,7 +35,7 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     directory = tmp_path_factory.mktemp("guarded")
     key = directory / "key"
     key.write_text(KEY + "\n")
-    with ServerProcess(tiny_model, directory / "data", *OPTIONS, "--api-key-file", str(key)) as process:
+    with ServerProcess(tiny_model, directory / "data", *OPTIONS, "--api-key-file", str(key), "--no-openapi") as process:
         yield process
 
 
@@ -48,7 +49,7 @@ def client(guarded: ServerProcess) -> Iterator[httpx.Client]:
 def test_every_family_of_routes_is_walked() -> None:
     """The walk below covers what is served."""
     assert ("POST", "/v1/chat/completions") in ROUTES
-    assert len(ROUTES) >= 12
+    assert len(ROUTES) >= 25
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -93,6 +94,12 @@ def test_the_key_opens_everything(guarded: ServerProcess) -> None:
     assert [model.id for model in client.models.list()] == ["test"]
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+def test_a_server_may_keep_its_description_to_itself(guarded: ServerProcess) -> None:
+    """Switched off, there is nothing at the document's address."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{guarded.url}/openapi.json", headers=headers, timeout=30).status_code == 404
 
 
 def test_two_keys_in_one_request_are_refused(guarded: ServerProcess) -> None:

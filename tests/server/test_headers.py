@@ -1,4 +1,4 @@
-"""What every reply carries."""
+"""What every reply carries, and what a server says about itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 
 import httpx
 import pytest
+
+from server.version import server_version
 
 
 @pytest.mark.parametrize("request_id", ["abc", "A-b_9", "x" * 64])
@@ -41,3 +43,17 @@ def test_a_head_beyond_all_need_is_refused(http: httpx.Client) -> None:
     assert http.get("/v1/models", headers={"x-long": "x" * 30_000}).status_code == 200
     assert http.get("/v1/models", headers={"x-long": "x" * 33_000}).status_code == 431
     assert http.get("/v1/models?" + "x" * 33_000).status_code == 431
+
+
+def test_the_release_is_told(http: httpx.Client) -> None:
+    """As the package's metadata say, in vLLM's form."""
+    assert http.get("/version").json() == {"version": server_version()}
+
+
+def test_the_load_is_what_is_being_generated(http: httpx.Client) -> None:
+    """A stream counts while it lasts; probes do not."""
+    body = {"prompt": "abc", "max_tokens": 6000, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as running:
+        lines = running.iter_lines()  # kept: the stream is closed with it
+        next(lines)
+        assert http.get("/load").json()["server_load"] >= 1

@@ -47,6 +47,11 @@ NAMES = [
     "rwkv_model",
     "rwkv_numerical_errors",
     "rwkv_prefill_tokens",
+    "rwkv_prefix_lookups",
+    "rwkv_prefix_misses",
+    "rwkv_prefix_states_not_written",
+    "rwkv_prefix_states_written",
+    "rwkv_prefix_tokens_reused",
     "rwkv_prompt_tokens",
     "rwkv_queue_seconds",
     "rwkv_replayed_tokens",
@@ -90,7 +95,11 @@ def test_a_report_becomes_numbers() -> None:
     """Steps, batch, slots, and the engine's own totals."""
     metrics = Metrics()
     step = StepStats(step_seconds=0.0021, num_decode_tokens=2, num_prefill_tokens=30, num_sequences=3)
-    totals = {"rwkv_decode_tokens_total": 11.0, "rwkv_never_declared_total": 1.0}
+    totals = {
+        "rwkv_decode_tokens_total": 11.0,
+        "rwkv_prefix_misses_total:evicted": 5.0,
+        "rwkv_never_declared_total": 1.0,
+    }
     stats = EngineStats(
         num_steps=7,
         num_running=2,
@@ -111,6 +120,8 @@ def test_a_report_becomes_numbers() -> None:
     assert value(metrics, "rwkv_engine_steps_total") == 7
     assert value(metrics, "rwkv_decode_tokens_total") == 11
     assert value(metrics, "rwkv_never_declared_total") is None
+    assert value(metrics, "rwkv_prefix_misses_total", reason="evicted") == 5
+    assert value(metrics, "rwkv_prefix_misses_total", reason="new") == 0
 
 
 def test_a_sequence_is_timed_from_its_submission() -> None:

@@ -40,10 +40,14 @@ IMPOSSIBLE_EVERYWHERE: list[tuple[str, Any, str]] = [
     ("structured_outputs", {"regex": "a", "choice": ["a"]}, ""),
     ("structured_outputs", {"choice": []}, "structured_outputs.choice"),
     ("structured_outputs", {"choice": [1]}, "structured_outputs.choice[0]"),
+    ("structured_outputs", {"choice": ["x" * 100] * 200}, "structured_outputs.choice"),
+    ("structured_outputs", {"regex": "x" * 16_385}, "structured_outputs.regex"),
+    ("guided_grammar", "x" * 16_385, ""),
     ("structured_outputs", {"structural_tag": "{}"}, "structured_outputs.structural_tag"),
     ("presence_penalty", 2.5, ""),
     ("frequency_penalty", -2.5, ""),
     ("repetition_penalty", 0, ""),
+    ("repetition_penalty", 1e-266, ""),  # makes scores infinite
     ("penalty_decay", 0, ""),
     ("penalty_decay", 1.5, ""),
     ("seed", 2**64, ""),
@@ -117,7 +121,7 @@ IMPOSSIBLE_COMPLETIONS: list[tuple[str, Any, str]] = [
     ("tools", [], ""),
 ]
 IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}], ""),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}], "tools[0].type"),
     ("tool_choice", "required", ""),
     ("functions", [{"name": "f"}], ""),
     ("function_call", {"name": "f"}, ""),
@@ -143,9 +147,9 @@ IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": 7}], "messages[0].content"),
     ("messages", [{"role": "user", "content": ""}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "x", "mood": "good"}], "messages[0].mood"),
-    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "reasoning_content"),
-    ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].role"),
-    ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "tool_calls"),
+    ("messages", [{"role": "user", "content": "x", "reasoning_content": "y"}], "messages[0].reasoning_content"),
+    ("messages", [{"role": "tool", "content": "x", "tool_call_id": "y"}], "messages[0].tool_call_id"),
+    ("messages", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     (
         "messages",
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
@@ -303,7 +307,7 @@ def test_another_model_is_not_found(http: httpx.Client) -> None:
         ("GET", "/v2", 404),
         ("GET", "/docs", 404),
         ("GET", "/health/", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/openapi.yaml", 404),
         ("PUT", "/health", 405),
         ("GET", "/v1/completions", 405),
     ],
@@ -320,3 +324,13 @@ def test_a_version_is_expected_of_conversations_only(http: httpx.Client) -> None
     assert http.post("/v1/completions", json=COMPLETION, headers={"if-match": "1"}).status_code == 400
     body = {**COMPLETION, "conversation_id": "matched"}
     assert http.post("/v1/completions", json=body, headers={"if-match": "soon"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("query", "param"), [("limit=0", "limit"), ("limit=101", "limit"), ("limit=x", "limit"), ("order=up", "order")]
+)
+def test_what_stands_in_the_address_is_refused_in_the_same_form(http: httpx.Client, query: str, param: str) -> None:
+    """Parameters of a list are refused by name too, whether or not the list is there."""
+    refused = http.get(f"/v1/conversations/nobody/items?{query}")
+    assert refused.status_code == 400
+    assert error_of(refused)["param"] == param

@@ -96,3 +96,32 @@ def test_counts_of_many_tokens_follow_the_rule_over_a_whole_vocabulary() -> None
     expected = logits - (0.3 * (dense > 0) + 0.7 * dense)
     counters.apply(logits, [0], [params])
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.996, 0.5])
+def test_counting_at_once_equals_counting_as_they_came(decay: float) -> None:
+    """Bit for bit, whatever was generated, so that a conversation does not depend on where it was interrupted."""
+    params = SamplingParams(seed=0, presence_penalty=0.3, frequency_penalty=0.7, penalty_decay=decay)
+    token_ids = [(n * n) % 11 for n in range(500)]
+    logits = torch.linspace(-3, 3, 2 * 11).reshape(2, 11)
+    for border in (0, 1, 250, 499, 500):
+        counters = PenaltyCounters(2)
+        for token_id in token_ids:
+            counters.generate([0], [token_id], [params])
+        counters.count(1, token_ids[:border], params)
+        for token_id in token_ids[border:]:
+            counters.generate([1], [token_id], [params])
+        rows = logits[:1].repeat(2, 1)
+        counters.apply(rows, [0, 1], [params, params])
+        assert torch.equal(rows[0], rows[1])
+        assert not torch.equal(rows[0], logits[0])
+
+
+def test_repetition_counts_what_was_generated_before(counters: PenaltyCounters) -> None:
+    """As if the request had consumed it; a slot that is reset forgets it."""
+    params = SamplingParams(seed=0, repetition_penalty=2.0)
+    counters.count(1, [0, 1], params)
+    counters.consume(1, [2])
+    assert penalised(counters, 1, params) == [1.0, -4.0, 1.0, -2.0, 2.0, -2.0]
+    counters.reset(1)
+    assert penalised(counters, 1, params) == [2.0, -2.0] * 3

@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.runner.sampler import restrict, sample, uniform
+from engine.runner.sampler import restrict, sample, truncate, uniform
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -170,3 +171,67 @@ def test_random_numbers_are_uniform_over_seeds_and_over_positions() -> None:
 def test_every_seed_works(seed: int) -> None:
     """The whole range of 64 bits, at large positions too."""
     assert 0 <= uniform(seed, 10**12) < 1
+
+
+def left(logits: torch.Tensor, **sampling: float) -> list[list[int]]:
+    """Return the ids that are left in each row after the early truncation."""
+    rows = logits.clone()
+    truncate(rows, [SamplingParams(seed=0, **sampling)] * len(rows))  # type: ignore[arg-type]
+    return [row.isfinite().nonzero()[:, 0].tolist() for row in rows]
+
+
+def test_typical_tokens_are_as_surprising_as_expected() -> None:
+    """The entropy of this row is that of its middle tokens: they come first, the likeliest and the rarest last."""
+    row = logits_of(0.5, 0.2, 0.2, 0.1)
+    # expected surprise 1.22 nats; distances: 0.53, 0.39, 0.39, 1.08
+    assert left(row, typical_p=0.19) == [[1]]
+    assert left(row, typical_p=0.39) == [[1, 2]]
+    assert left(row, typical_p=0.89) == [[0, 1, 2]]
+    assert left(row, typical_p=0.95) == [[0, 1, 2, 3]]
+
+
+def test_typical_p_ignores_what_is_forbidden() -> None:
+    """Ids that are out stay out, and weigh nothing in what is expected."""
+    row = torch.tensor([[0.0, -math.inf, 0.0, -math.inf]])
+    assert left(row, typical_p=0.9) == [[0, 2]]
+
+
+def test_top_n_sigma_keeps_logits_near_the_greatest() -> None:
+    """So many standard deviations of the logits that are left, whatever the temperature."""
+    row = torch.tensor([[4.0, 3.0, 0.0, 0.0, 0.0, -math.inf]])  # deviation of the five: 1.74
+    assert left(row, top_n_sigma=0.5) == [[0]]
+    assert left(row, top_n_sigma=1.0) == [[0, 1]]
+    assert left(row, top_n_sigma=1.0, temperature=2.0) == [[0, 1]]
+    assert left(row, top_n_sigma=3.0) == [[0, 1, 2, 3, 4]]
+    assert left(row[:, 5:], top_n_sigma=1.0) == [[]]
+
+
+def test_the_later_truncations_see_what_the_early_ones_left() -> None:
+    """`top_p` is of the mass that is left."""
+    row = logits_of(0.5, 0.2, 0.2, 0.1)
+    params = SamplingParams(seed=0, typical_p=0.39, top_p=0.4)
+    truncate(row, [params])
+    assert set(possible(row, params)) == {1, 2}  # as likely as the last that stays
+
+
+def test_greedy_sampling_is_not_truncated() -> None:
+    """The most likely token need not be a typical one; temperature 0 takes it anyway."""
+    assert left(logits_of(0.5, 0.2, 0.2, 0.1), typical_p=0.1, temperature=0.0) == [[0, 1, 2, 3]]
+
+
+def test_a_row_without_early_truncation_is_untouched_beside_one_that_has_it() -> None:
+    """Row by row, as everything here."""
+    rows = logits_of(0.5, 0.2, 0.2, 0.1).repeat(2, 1)
+    before = rows[1].clone()
+    truncate(rows, [SamplingParams(seed=0, typical_p=0.2, top_n_sigma=1.0), SamplingParams(seed=0)])
+    assert torch.equal(rows[1], before)
+    assert rows[0].isfinite().sum() == 1
+
+
+def test_a_mask_adds_and_does_not_write() -> None:
+    """A row that is not a number stays one: it must be seen to be broken."""
+    rows = torch.tensor([[1.0, math.nan, 2.0], [1.0, 0.0, 2.0], [1.0, 0.0, 2.0]])
+    mask = np.array([True, False, True])
+    params = [SamplingParams(seed=0, temperature=0)] * 3
+    restrict(rows, params, NONE_FORBIDDEN, [[], [2], []], [mask, mask, None])
+    assert sample(rows, params, [0] * 3) == [-1, 0, 2]

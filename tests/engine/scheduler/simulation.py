@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointMissing
+from engine.errors import CheckpointMissing, StoreUnavailable
 from engine.messages import (
     CheckpointRef,
+    CheckpointStored,
     FinishReason,
     GenerationRequest,
     Grammar,
@@ -22,13 +23,15 @@ from engine.messages import (
     StopRules,
 )
 from engine.runner.grammars import GrammarMatcher, Grammars
+from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
 from engine.state.hot_states import HotStates
+from engine.state.prefix_store import PrefixStore
 from engine.state.spec import RecurrentState
 from engine.token_chain import extend_digest, root_digest
 from tests.engine.scheduler.test_stop_matcher import first_match
-from tests.engine.stub_runner import StubRunner, tokens_of
+from tests.engine.stub_runner import STUB_SPEC, StubRunner, tokens_of
 from tests.engine.stub_vocabulary import LETTERS, StubVocabulary
 
 CLIENT = b"client"
@@ -58,6 +61,7 @@ def request_of(
     keep_state: bool = True,
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
+    borders: Sequence[int] = (),
     grammar: Grammar | None = None,
     min_tokens: int = 0,
     priority: int = 0,
@@ -77,6 +81,7 @@ def request_of(
         source=source or source_of(history),
         keep_state=keep_state,
         num_prompt_logprobs=num_prompt_logprobs,
+        borders=list(borders),
         priority=priority,
         counted_ids=list(counted_ids),
     )
@@ -131,6 +136,8 @@ class Simulation:
         max_num_batched_tokens: int = 16,
         max_num_queued_reqs: int = 1000,
         hot_state_bytes: int = 1 << 30,
+        prefix_min_tokens: int = 2,
+        prefix_store_min_tokens: int = 4,
         vocabulary: StubVocabulary = LETTERS,
     ) -> None:
         self.vocabulary = vocabulary
@@ -140,20 +147,27 @@ class Simulation:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_queued_reqs=max_num_queued_reqs,
+            prefix_min_tokens=prefix_min_tokens,
+            prefix_store_min_tokens=prefix_store_min_tokens,
         )
         self.hot_states = HotStates(hot_state_bytes)
         self.checkpoints: dict[str, RecurrentState] = {}
-        self.fetches: list[tuple[CheckpointRef, Future[RecurrentState]]] = []
+        self.store_fails = False
+        self.fetches: list[tuple[Sequence[CheckpointRef], Future[RecurrentState]]] = []
+        self.writes: list[tuple[str, RecurrentState, Future[CheckpointStored]]] = []
         self.compilations: list[tuple[Grammar, Future[GrammarMatcher]]] = []
         self.seconds_skipped = 0.0  # by a clock that tests set forward
+        self.prefix_store = PrefixStore(self, self.hot_states, STUB_SPEC, "stub", self.clock)
+        self.prefixes = Prefixes(self.config, STUB_SPEC.num_bytes, self.hot_states, self.prefix_store)
         self.scheduler = Scheduler(
             self.config,
             self.runner,
             vocabulary,
             self.hot_states,
-            self._fetch,
+            self.prefixes,
+            lambda ref: self.fetch_first([ref]),
             self._compile,
-            clock=lambda: time.monotonic() + self.seconds_skipped,
+            self.clock,
         )
         self.clients: dict[str, Client] = {}
 
@@ -182,22 +196,28 @@ class Simulation:
                 self.scheduler.update(output)
         self.deliver()
         self._check_slots()
+        self._check_penalties()
         return plan.num_tokens
+
+    def schedule_only(self) -> None:
+        """Seat who can be seated."""
+        self.scheduler.schedule()
+        self.deliver()
 
     def run(self, answer_fetches: bool = True) -> None:
         """Step until nothing is left to do."""
         for _ in range(10_000):
             if answer_fetches:
                 self.answer_fetches()
-            if not self.scheduler.has_work and not (answer_fetches and self.fetches):
+            if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
                 self.scheduler.schedule()
                 self.deliver()
-                if not self.scheduler.has_work and not (answer_fetches and self.fetches):
+                if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
                     return
             self.step()
         raise AssertionError("the scheduler never comes to rest")
 
-    def save(self, history: Sequence[int]) -> CheckpointRef:
+    def save_history(self, history: Sequence[int]) -> CheckpointRef:
         """Put the hot state behind `history` into the state store."""
         state = self.kept(history)
         assert state is not None
@@ -214,17 +234,31 @@ class Simulation:
         for chain in list(self.hot_states._entries):
             self.hot_states.forget(chain)
 
-    def answer_fetches(self) -> None:
+    def answer_fetches(self, *, and_writes: bool = True) -> None:
         """Let the state store answer."""
         fetches, self.fetches = self.fetches, []
-        for ref, future in fetches:
+        for refs, future in fetches:
             if future.cancelled():
                 continue
-            state = self.checkpoints.get(ref.checkpoint_id)
-            if state is None:
-                future.set_exception(CheckpointMissing(f"no checkpoint {ref.checkpoint_id}"))
+            there = [ref.checkpoint_id for ref in refs if ref.checkpoint_id in self.checkpoints]
+            if self.store_fails:
+                future.set_exception(StoreUnavailable("the store is away"))
+            elif not there:
+                future.set_exception(CheckpointMissing(f"no checkpoint {refs[0].checkpoint_id}"))
             else:
-                future.set_result(state)
+                future.set_result(self.checkpoints[there[0]])
+        if and_writes:
+            self._answer_writes()
+
+    def _answer_writes(self) -> None:
+        writes, self.writes = self.writes, []
+        for checkpoint_id, state, stored in writes:
+            if self.store_fails:
+                stored.set_exception(StoreUnavailable("the store is away"))
+                continue
+            self.checkpoints[checkpoint_id] = state
+            ref = CheckpointRef(checkpoint_id=checkpoint_id, num_tokens=state.num_tokens, chain=state.chain)
+            stored.set_result(CheckpointStored(ref=ref))
 
     def answer_compilations(self, kind: str | None = None) -> None:
         """Let the compiler finish: all that is asked for, or only grammars of one kind."""
@@ -255,12 +289,34 @@ class Simulation:
     def check_states(self) -> None:
         """Check that every hot state has consumed what its chain says."""
         for chain, entry in self.hot_states._entries.items():
+            assert entry.state.chain == chain
             assert extend_digest(ROOT, tokens_of(entry.state)) == chain
 
-    def _fetch(self, ref: CheckpointRef) -> Future[RecurrentState]:
+    # -- what the scheduler and the prefix states ask of the state store ----------------------------------------------
+
+    def fetch_first(self, refs: Sequence[CheckpointRef]) -> Future[RecurrentState]:
+        """Take a question that `answer_fetches` will answer."""
         future: Future[RecurrentState] = Future()
-        self.fetches.append((ref, future))
+        self.fetches.append((refs, future))
         return future
+
+    def save(self, state: RecurrentState, checkpoint_id: str | None = None) -> Future[CheckpointStored]:
+        """Take a state that `answer_fetches` will have written."""
+        assert checkpoint_id is not None
+        stored: Future[CheckpointStored] = Future()
+        self.writes.append((checkpoint_id, state, stored))
+        return stored
+
+    def delete(self, checkpoint_ids: Iterable[str]) -> None:
+        """Remove checkpoints at once."""
+        for checkpoint_id in checkpoint_ids:
+            self.checkpoints.pop(checkpoint_id, None)
+
+    def clock(self) -> float:
+        """Return seconds that tests can skip."""
+        return time.monotonic() + self.seconds_skipped
+
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def _compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
         future: Future[GrammarMatcher] = Future()
@@ -281,6 +337,15 @@ class Simulation:
         assert None not in slots
         assert len(set(slots)) == len(slots), "a slot has two owners"
         assert len(slots) == self.scheduler.num_slots_used, "a slot leaked"
+        assert sequences or not self.scheduler.num_waiting or self.scheduler.has_work, "who waits, waits for nobody"
+
+    def _check_penalties(self) -> None:
+        """Check that a request's penalties see its own tokens, those included that it did not have to consume."""
+        for sequence in self.scheduler._seated:
+            if sequence.phase is Phase.RUNNING:
+                assert sequence.slot is not None
+                consumed = self.runner.consumed[sequence.slot]
+                assert consumed[: len(sequence.request.prompt_ids)] == sequence.request.prompt_ids[: len(consumed)]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 import msgspec
 import pytest
 
-from engine.config import EngineConfig
 from engine.messages import CheckpointRef, FinishReason, GenerationRequest, ResumeKind, TokenLogprobs
-from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
-from engine.state.hot_states import HotStates
 from tests.engine.scheduler.simulation import CLIENT, Simulation, request_of, source_of
 from tests.engine.stub_runner import StubRunner, scripted_model, tokens_of
 from tests.engine.stub_vocabulary import StubVocabulary
@@ -226,7 +223,7 @@ def test_a_state_that_left_memory_is_restored_from_its_checkpoint() -> None:
     """The checkpoint is fetched while the sequence has its slot and others run."""
     simulation = Simulation()
     history = first_turn(simulation)
-    ref = simulation.save(history)
+    ref = simulation.save_history(history)
     simulation.forget_everything()
     request = request_of("b", [1], source=source_of(history, ref))
     assert resume(simulation, request, history) == (ResumeKind.RESTORED, 0)
@@ -236,7 +233,7 @@ def test_only_a_fetched_state_takes_time_to_load() -> None:
     """Zero means that no checkpoint was needed."""
     simulation = Simulation()
     history = first_turn(simulation)
-    ref = simulation.save(history)
+    ref = simulation.save_history(history)
     simulation.submit(request_of("hot", [1], history), history)
     simulation.run()
     simulation.forget_everything()
@@ -250,7 +247,7 @@ def test_an_older_checkpoint_is_brought_up_to_date_by_replay() -> None:
     """The tokens after the checkpoint are consumed before the prompt, and it is said so."""
     simulation = Simulation()
     history = first_turn(simulation)
-    ref = simulation.save(history)
+    ref = simulation.save_history(history)
     longer = [*history, 4, 5]
     simulation.forget_everything()
     request = request_of("b", [1], source=source_of(longer, ref))
@@ -261,7 +258,7 @@ def test_an_older_state_in_memory_spares_the_fetch() -> None:
     """Replay starts from the checkpoint's state where that is still hot."""
     simulation = Simulation()
     history = first_turn(simulation)
-    ref = simulation.save(history)
+    ref = simulation.save_history(history)
     simulation.checkpoints.clear()
     request = request_of("b", [1], source=source_of([*history, 4, 5], ref))
     assert resume(simulation, request, [*history, 4, 5]) == (ResumeKind.REPLAYED, 2)
@@ -386,9 +383,8 @@ def test_a_prompt_moves_on_even_when_the_budget_is_full_of_others() -> None:
 
 def test_a_budget_smaller_than_the_batch_is_refused() -> None:
     """Some sequence would starve."""
-    config = EngineConfig(model_path="", max_num_seqs=8, max_num_batched_tokens=7)
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
-        Scheduler(config, StubRunner(), BYTES, HotStates(0), None, None)  # type: ignore[arg-type]
+        Simulation(max_num_seqs=8, max_num_batched_tokens=7)
 
 
 def test_sequences_are_admitted_in_order_of_arrival() -> None:

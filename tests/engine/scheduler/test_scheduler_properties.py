@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.messages import CheckpointRef, FinishReason
 from tests.engine.scheduler.simulation import (
@@ -19,10 +19,11 @@ from tests.engine.scheduler.simulation import (
     request_of,
     source_of,
 )
-from tests.engine.stub_runner import MAX_TOKENS, StubRunner, tokens_of
+from tests.engine.stub_runner import MAX_TOKENS, STUB_SPEC, StubRunner, tokens_of
 
 POISON = LETTERS.tokens.index(b"bcb")
 TOKEN_IDS = st.integers(0, len(LETTERS.tokens) - 1)
+SHARED = (0, 1, 2, 0, 2, 1, 1)  # what many prompts begin with
 STOP_STRINGS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4).map(str.encode), max_size=2)
 
 
@@ -33,9 +34,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.runner = StubRunner(num_slots=5, vocab_size=len(LETTERS.tokens), poisonous=POISON)
         self.simulation = Simulation(self.runner, max_num_seqs=3, max_num_batched_tokens=5, max_num_queued_reqs=3)
+        self.prefixes: list[list[int]] = []  # of prompts, up to their borders
         self.histories: list[list[int]] = [[]]  # of states that a client may want to go on from
         self.checkpoints: dict[int, CheckpointRef] = {}  # by index of history
         self.seen: set[str] = set()  # ended and judged
+
+    @initialize(num_hot_states=st.sampled_from([0, 2, 5, 1000]))
+    def begin(self, num_hot_states: int) -> None:
+        """Begin with little memory for states, or much."""
+        self.simulation.hot_states.max_bytes = num_hot_states * STUB_SPEC.num_bytes
 
     @rule(
         base=st.integers(0, 100),
@@ -46,6 +53,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         keep_state=st.booleans(),
         replay=st.booleans(),
         use_checkpoint=st.booleans(),
+        num_shared=st.integers(0, len(SHARED)),
+        cuts=st.lists(st.integers(1, 12), max_size=6),
+        asks_of_prompt=st.booleans(),
     )
     def submit(
         self,
@@ -57,6 +67,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         keep_state: bool,
         replay: bool,
         use_checkpoint: bool,
+        num_shared: int,
+        cuts: list[int],
+        asks_of_prompt: bool,
     ) -> None:
         """Continue some history, in one of the ways in which a state can be had."""
         index = base % len(self.histories)
@@ -65,6 +78,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         older = [i for i in self.checkpoints if history[: len(self.histories[i])] == self.histories[i]]
         checkpoint = self.checkpoints[older[base % len(older)]] if use_checkpoint and older else None
+        borders: list[int] = []
+        if not history:
+            prompt_ids = [*SHARED[:num_shared], *prompt_ids]
+            borders = sorted({cut for cut in cuts if cut < len(prompt_ids)})
+            self.prefixes += [prompt_ids[:border] for border in borders]
         request = request_of(
             f"request-{len(self.simulation.clients)}",
             prompt_ids,
@@ -73,6 +91,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             stop_token_ids=stop_token_ids,
             max_tokens=max_tokens,
             keep_state=keep_state,
+            borders=borders,
+            num_prompt_logprobs=0 if asks_of_prompt else None,
         )
         self.simulation.submit(request, history)
 
@@ -99,7 +119,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Write a state to the store, if it is still hot."""
         index = which % len(self.histories)
         if self.simulation.kept(self.histories[index]) is not None:
-            self.checkpoints[index] = self.simulation.save(self.histories[index])
+            self.checkpoints[index] = self.simulation.save_history(self.histories[index])
+
+    @rule(which=st.integers(0, 100))
+    def forget(self, which: int) -> None:
+        """Delete a conversation: its state is in no memory and no store under its chain."""
+        history = self.histories[which % len(self.histories)]
+        if history:
+            self.simulation.scheduler.forget(source_of(history).chain)
+            assert self.simulation.kept(history) is None
+
+    @rule(fails=st.booleans(), seconds=st.integers(0, 20))
+    def change_store(self, fails: bool, seconds: int) -> None:
+        """The store goes away or comes back, and time passes."""
+        self.simulation.store_fails = fails
+        self.simulation.seconds_skipped += seconds
 
     @rule()
     def forget_everything(self) -> None:
@@ -128,6 +162,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if client.last.finish_reason is FinishReason.ABORT:
             return
         check_ended_as_expected(client, self.runner, LETTERS)
+        if client.request.num_prompt_logprobs is not None:
+            logprobs = [entry for output in client.outputs for entry in output.prompt_logprobs or []]
+            assert [entry and -entry.logprob for entry in logprobs] == [None, *client.request.prompt_ids[1:]]
         if client.request.keep_state:
             self.histories.append(client.full_history)
 
@@ -143,7 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.simulation.check_at_rest()
         self.simulation.check_states()
         for state in self.simulation.hot_states._entries.values():
-            assert tokens_of(state.state) in self.histories
+            assert tokens_of(state.state) in self.histories + self.prefixes
 
 
 TestScheduler = SchedulerMachine.TestCase

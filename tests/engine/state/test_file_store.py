@@ -46,10 +46,12 @@ def test_a_file_appears_when_it_is_synced(files: FileUnderTest, monkeypatch: pyt
     files.store.put(checkpoint_id, b"state", HOUR)
     assert steps == [
         (str(files.directory), False),  # the new folder itself
-        (f"{path}.tmp", False),
+        (unfinished := steps[1][0], False),
         "rename",
         (str(path.parent), True),
     ]
+    assert unfinished.startswith(f"{path}.")
+    assert unfinished.endswith(".tmp")
 
 
 def test_a_failed_write_leaves_nothing(files: FileUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:

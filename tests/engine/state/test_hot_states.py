@@ -84,13 +84,66 @@ def test_a_forgotten_state_is_not_found_while_it_is_still_being_written() -> Non
     assert hot_states.num_bytes == 0
 
 
+def test_states_that_nobody_used_make_room_first() -> None:
+    """A stream of prompts that come once leaves what somebody came back to."""
+    hot_states = HotStates(4 * SIZE)
+    for name in range(3):
+        hot_states.put(state(name))
+    assert names_in(hot_states) == [0, 1, 2]  # and with that they are used
+    for name in range(3, 9):
+        hot_states.put(state(name))
+    assert names_in(hot_states) == [0, 1, 2, 8]
+    assert hot_states.num_evicted == 5
+
+
+def test_states_that_nobody_used_have_a_share_of_the_memory() -> None:
+    """Up to it they may push out used ones, or nothing new could ever be used."""
+    hot_states = HotStates(8 * SIZE)
+    for name in range(8):
+        hot_states.put(state(name))
+    assert len(names_in(hot_states)) == 8
+    for name in range(8, 16):
+        hot_states.put(state(name))
+    assert names_in(hot_states, range(16)) == [2, 3, 4, 5, 6, 7, 14, 15]
+
+
+def test_to_look_whether_a_state_is_there_is_no_use() -> None:
+    """`in` neither proves a state nor finds a forgotten one."""
+    hot_states = HotStates(2 * SIZE)
+    hot_states.put(state(0))
+    hot_states.put(state(1))
+    assert state(0).chain in hot_states
+    hot_states.put(state(2))
+    assert state(0).chain not in hot_states
+    hot_states.pin(state(1).chain)
+    hot_states.forget(state(1).chain)
+    assert state(1).chain not in hot_states
+
+
+def test_there_is_room_for_a_state_unless_pinned_ones_take_it() -> None:
+    """What can be evicted is room."""
+    hot_states = HotStates(2 * SIZE)
+    for name in range(2):
+        hot_states.put(state(name))
+        assert hot_states.has_room(SIZE)
+        hot_states.pin(state(name).chain)
+        hot_states.pin(state(name).chain)
+    assert not hot_states.has_room(SIZE)
+    hot_states.unpin(state(0).chain)
+    assert not hot_states.has_room(SIZE)
+    hot_states.unpin(state(0).chain)
+    assert hot_states.has_room(SIZE)
+    assert not HotStates(SIZE - 1).has_room(SIZE)
+
+
 class HotStatesMachine(RuleBasedStateMachine):
-    """Against a plain model: names in order of use, pins counted."""
+    """Against a plain model: names in order of use, those never used apart, pins counted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hot_states = HotStates(4 * SIZE)
         self.uses: OrderedDict[int, None] = OrderedDict()  # least recent first
+        self.trial: set[int] = set()  # never used
         self.pins: dict[int, int] = {}
         self.forgotten: set[int] = set()
 
@@ -99,12 +152,16 @@ class HotStatesMachine(RuleBasedStateMachine):
         """Keep a state."""
         kept = self.hot_states.put(state(name))
         self.forgotten.discard(name)
-        if name not in self.uses and len(self.uses) == 4:
-            victims = [other for other in self.uses if not self.pins.get(other)]
-            assert kept == bool(victims)
-            if not victims:
-                return
-            del self.uses[victims[0]]
+        if name not in self.uses:
+            if len(self.uses) == 4:
+                victims = [other for other in self.uses if not self.pins.get(other)]
+                assert kept == bool(victims)
+                if not victims:
+                    return
+                victim = next((other for other in victims if other in self.trial), victims[0])  # one has its share
+                del self.uses[victim]
+                self.trial.discard(victim)
+            self.trial.add(name)
         self.uses[name] = None
         self.uses.move_to_end(name)
 
@@ -116,6 +173,7 @@ class HotStatesMachine(RuleBasedStateMachine):
         if found is not None:
             assert found.chain == state(name).chain
             self.uses.move_to_end(name)
+            self.trial.discard(name)
 
     @rule(name=st.integers(0, 7))
     def pin(self, name: int) -> None:
@@ -133,6 +191,7 @@ class HotStatesMachine(RuleBasedStateMachine):
             if not self.pins[name] and name in self.forgotten:
                 self.forgotten.discard(name)
                 del self.uses[name]
+                self.trial.discard(name)
 
     @rule(name=st.integers(0, 7))
     def forget(self, name: int) -> None:
@@ -143,6 +202,7 @@ class HotStatesMachine(RuleBasedStateMachine):
                 self.forgotten.add(name)
             else:
                 del self.uses[name]
+                self.trial.discard(name)
 
     @invariant()
     def bytes_are_counted(self) -> None:

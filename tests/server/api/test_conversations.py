@@ -42,7 +42,7 @@ def test_an_id_may_be_chosen_once(http: httpx.Client) -> None:
         {"metadata": {"k" * 65: "x"}},
         {"metadata": {"k": "x" * 513}},
         {"metadata": {"k": 1}},
-        {"items": [{"role": "user", "content": "x"}]},
+        {"items": [{"role": "nobody", "content": "x"}]},
         {"id": "white space"},
         {"color": "blue"},
     ],

@@ -413,6 +413,9 @@ async def test_a_log_can_begin_with_entries(ledger: Ledger) -> None:
     )
     assert await ledger.turns("acme:fork") == [first, second, third]
     assert await ledger.find_reply("acme:fork", "resp_2") == second
+    lease, _ = await ledger.acquire("acme:fork", "server", LEASE_TTL)
+    await ledger.commit(lease, third)  # is there already
+    await ledger.release(lease)
     fourth = await append(ledger, "acme:fork", "fourth")
     assert await ledger.turns("acme:fork", 2) == [third, fourth]
 

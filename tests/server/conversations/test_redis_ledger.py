@@ -248,6 +248,12 @@ async def test_missing_replicas_refuse(redis_server: RedisServer) -> None:
             await ledger.acquire(ID, "server", LEASE_TTL)
 
 
+async def load_scripts(ledger: RedisLedger, redis: Redis) -> None:
+    """Teach Redis all scripts, so that the next reply is a script's, and not that there is no such script."""
+    for script in ledger._redis._scripts.values():
+        await redis.script_load(script.script)
+
+
 # -- lost replies -----------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +262,7 @@ async def test_operations_whose_reply_is_lost_happen_once(lasting_redis: RedisSe
     async with client(lasting_redis) as redis, LossyProxy(lasting_redis.port) as proxy:
         await redis.flushall()
         async with opened(f"redis://127.0.0.1:{proxy.port}/0") as ledger:
+            await load_scripts(ledger, redis)
             proxy.lose_next_reply()
             await ledger.create(new_conversation(ID))
             proxy.lose_next_reply()
@@ -284,6 +291,7 @@ async def test_what_was_written_although_its_reply_was_lost_counts_as_written(la
     async with client(lasting_redis) as redis, LossyProxy(lasting_redis.port) as proxy:
         await redis.flushall()
         async with opened(f"redis://127.0.0.1:{proxy.port}/0") as ledger:
+            await load_scripts(ledger, redis)
             turn = next_turn(new_conversation(ID), reply_id="resp_1")
             proxy.lose_next_reply()
             await ledger.create(new_conversation(ID), [turn])
@@ -504,6 +512,7 @@ async def test_every_key_is_tagged_and_ends(redis_ledger: RedisUnderTest) -> Non
         await append(ledger, conversation_id, reply_id="resp_1")
     await ledger.create(new_conversation("acme:deleted"), [next_turn(new_conversation(), reply_id="resp_1")])
     await ledger.delete("acme:deleted")
+    await ledger.create(new_conversation("acme:begun"), [next_turn(new_conversation(), reply_id="resp_1")])
     await ledger.put_document(document("}a{", kind="}k{"))
     assert sorted(await raw.keys()) == [
         b"rk:d:{%7Dk%7B}:}a{",
@@ -512,6 +521,9 @@ async def test_every_key_is_tagged_and_ends(redis_ledger: RedisUnderTest) -> Non
         b"rk:{acme:%7D%7B}:m",
         b"rk:{acme:%7D%7B}:r",
         b"rk:{acme:%7D%7B}:t",
+        b"rk:{acme:begun}:m",
+        b"rk:{acme:begun}:r",
+        b"rk:{acme:begun}:t",
         b"rk:{acme:deleted}:m",
         b"rk:{acme:talk}:m",
         b"rk:{acme:talk}:r",

@@ -10,25 +10,31 @@ import json
 from pathlib import Path
 
 from engine.tokenizer.world import WorldTokenizer
-from server.templates import BUILTIN, Message, Template, render
+from server.templates import BUILTIN, Message, Template, Tool, Toolbox, ToolCall, render, tools_text
 
 PATH = Path(__file__).with_name("golden.json")
 
 SYSTEM = Message("system", "Be brief.")
 HI = Message("user", "hi")
 HELLO = Message("assistant", "Hello\n\nthere.")
+TOOLBOX = Toolbox((Tool("now", "", {}),), must_call=True)
+CALL = Message("assistant", "", ToolCall("now", "{}"))
+RESULT = Message("tool", '{"time":"noon"}')
 
 Golden = dict[str, list[tuple[str, list[int]]]]
 
 
 def rendered(template: Template) -> Golden:
-    """Return the pieces of a first turn, a later turn and a history, and of a first turn at every effort."""
+    """Return the pieces of a first turn, a later turn, a history, a first turn at every effort, and one with tools."""
     prompts = {
         "first": render([SYSTEM, HI], template, first=True),
         "later": render([HI], template, first=False),
         "history": render([SYSTEM, HI, HELLO, HI], template, first=True),
         **{effort: render([HI], template, first=True, reasoning_effort=effort) for effort in template.efforts},
     }
+    if template.tools is not None:
+        told = tools_text(TOOLBOX, template)
+        prompts["tools"] = render([HI, CALL, RESULT], template, first=True, preamble=told, must_call=True)
     tokenizer = WorldTokenizer()
     return {
         f"{template.name} {case}": [(str(piece), tokenizer.encode(str(piece))) for piece in prompt.pieces]

@@ -66,7 +66,7 @@ def test_a_model_may_bring_its_own_template(tmp_path: Path) -> None:
     (tmp_path / "sostenuto.json").write_text(json.dumps({"chat_template": OWN}))
     template = choose("auto", tmp_path)
     prompt = render([Message("system", "s"), Message("user", "u")], template, first=True, reasoning_effort="high")
-    assert prompt.pieces == ("# s\n\nQ: u\n\nA: <think",)
+    assert prompt.pieces == ("# s\n\n", "Q: u\n\nA: <think")
     assert prompt.stop_strings == ("\n\nQ:",)
     reader = AnswerReader(prompt.opening)
     assert reader.push(">why</think> so") == AnswerText("why", "so")

@@ -44,6 +44,7 @@ BLANK_LINE, NEWLINE, USER, COLON, ASSISTANT, FLOWER = 261, 11, 24281, 59, [5585,
         ("g1 later", [BLANK_LINE, USER, COLON], [*ASSISTANT, COLON, 295, 35762]),
         ("g1 none", [USER, COLON], [295, 35762, 5439, 35762]),
         ("g1h later", [FLOWER, NEWLINE, USER, FLOWER], [FLOWER, 61, 35762]),
+        ("world tools", [40812, COLON], [BLANK_LINE]),  # of the tools' own turn
         ("raven later", [BLANK_LINE], [BLANK_LINE, 32890, COLON]),
         ("instruction later", [BLANK_LINE], [BLANK_LINE, 53671, COLON]),
     ],

@@ -28,14 +28,14 @@ HELLO = Message("assistant", "Hello")
 @pytest.mark.parametrize(
     ("template", "pieces"),
     [
-        (WORLD, ("System: Be brief.\n\nUser: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant:")),
-        (G1, ("System: Be brief.\n\nUser: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant: <think")),
-        (G1H, ("System✿Be brief.✿\nUser✿hi✿\nBot✿", "Hello", "✿\nUser✿hi✿\nBot✿<think")),
+        (WORLD, ("System: Be brief.\n\n", "User: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant:")),
+        (G1, ("System: Be brief.\n\n", "User: hi\n\nAssistant:", " Hello", "\n\nUser: hi\n\nAssistant: <think")),
+        (G1H, ("System✿Be brief.✿\n", "User✿hi✿\nBot✿", "Hello", "✿\nUser✿hi✿\nBot✿<think")),
         (RAW, ("Be brief.hi", "Hello", "hi")),
     ],
 )
 def test_a_piece_ends_where_the_model_took_over_and_where_it_ended(template: Template, pieces: tuple[str, ...]) -> None:
-    """After the opening of every answer, and after every answer, which begins as the model begins it."""
+    """After the system prompt, the opening of every answer, and every answer, which begins as the model begins it."""
     assert render([SYSTEM, HI, HELLO, HI], template, first=True).pieces == pieces
 
 
@@ -57,6 +57,29 @@ def test_an_answer_without_tokens_is_no_piece(written: str | tuple[int, ...]) ->
     """Its opening and the border after it still are."""
     pieces = render([HI, Answer("Assistant:", written), HI], WORLD, first=True).pieces
     assert pieces == ("User: hi\n\nAssistant:", "\n\nUser: hi\n\nAssistant:")
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: type(tokenizer).__name__)
+@pytest.mark.parametrize("template", [WORLD, G1, G1H])
+@pytest.mark.parametrize("content", ["Be brief.", "Be brief", "1. A\n2. B:", "好。"])
+def test_a_system_prompt_parted_from_its_user_has_the_tokens_of_the_whole(
+    tokenizer: Tokenizer, template: Template, content: str
+) -> None:
+    """No token reaches from the end of a line into the next: the model reads what it was trained on."""
+    rendered = render([Message("system", content), HI], template, first=True)
+    assert rendered.has_preamble
+    token_ids, (end,) = encode_pieces(tokenizer, rendered.pieces)
+    assert token_ids == tokenizer.encode(rendered.text)
+    assert tokenizer.decode(token_ids[:end]) == rendered.pieces[0]
+
+
+def test_only_system_prompts_that_begin_a_history_are_parted_from_it() -> None:
+    """One that comes later belongs to its turn, and one alone ends with it."""
+    assert not render([SYSTEM, HI], WORLD, first=False).has_preamble
+    assert not render([HI, SYSTEM], WORLD, first=True).has_preamble
+    assert not render([SYSTEM], WORLD, first=True).has_preamble
+    assert not render([SYSTEM, HI], RAW, first=True).has_preamble
+    assert render([SYSTEM, SYSTEM, HI], WORLD, first=True).pieces[0] == "System: Be brief.\n\n" * 2
 
 
 def test_borders_are_the_ends_of_all_pieces_but_the_last() -> None:
