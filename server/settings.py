@@ -105,6 +105,10 @@ class Settings(BaseSettings):
         256, description="shortest beginning of a prompt whose state is shared through the state store"
     )
 
+    initial_states: Path | None = Field(
+        None, description="directory of tuned states that conversations may begin from: NAME.safetensors or NAME.pth"
+    )
+
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], BeforeValidator(lambda value: str(value).lower())
     ] = Field("info", description="debug, info, warning or error")
@@ -229,6 +233,7 @@ class Settings(BaseSettings):
             hot_state_bytes=self.hot_state_bytes,
             prefix_min_tokens=self.prefix_min_tokens,
             prefix_store_min_tokens=self.prefix_store_min_tokens,
+            initial_states=None if self.initial_states is None else str(self.initial_states),
         )
 
     def printable(self) -> dict[str, str | int | float | bool | None]:

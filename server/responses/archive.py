@@ -51,6 +51,7 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Pointer)
 _response_decoder = msgspec.json.Decoder(Response)
 
+UNFINISHED = ("queued", "in_progress")
 LOST = ResponseFailure(code="server_restarted", message="The server ended before the response was complete.")
 
 
@@ -85,12 +86,17 @@ class Archive:
         if document is None:
             raise ResponseNotFound(response_id)
         pointer = _decoder.decode(document.body)
-        turn = await self._turn(pointer.log_id, response_id)
+        response = pointer.response
+        try:
+            turn = await self._ledger.find_reply(pointer.log_id, response_id) if pointer.log_id else None
+        except (ConversationNotFound, ConversationExpired):
+            if response.status in UNFINISHED:
+                raise ResponseNotFound(response_id) from None  # it went with its conversation
+            turn = None
         if turn is not None:
             inputs = [msgspec.Raw(item.body) for item in turn.items[turn.num_carried :] if not item.answer_id]
             return Stored(pointer.log_id, _response_decoder.decode(turn.reply), inputs, turn)
-        response = pointer.response
-        if response.status in ("queued", "in_progress") and not await self._presence.lives(pointer.owner):
+        if response.status in UNFINISHED and not await self._presence.lives(pointer.owner):
             response = msgspec.structs.replace(response, status="failed", error=LOST)
         return Stored(pointer.log_id, response, pointer.inputs)
 
@@ -106,9 +112,3 @@ class Archive:
             if turn.reply_id and await self._ledger.get_document(KIND, scoped(tenant, turn.reply_id)) is not None:
                 return True
         return False
-
-    async def _turn(self, log_id: str, response_id: str) -> Turn | None:
-        try:
-            return await self._ledger.find_reply(log_id, response_id)
-        except (ConversationNotFound, ConversationExpired):
-            return None

@@ -187,6 +187,7 @@ def test_no_setting_comes_or_goes_unnoticed() -> None:
         "head_norm_eps",
         "host",
         "hot_state_bytes",
+        "initial_states",
         "insecure_no_auth",
         "lease_seconds",
         "ledger_url",
