@@ -54,9 +54,13 @@ class ResponseWriter:
 
     def opening(self) -> bytes:
         """Return the events before there is anything to say."""
-        queued = [self._event("response.queued", response=self._draft.begun("queued"))] if self._queued else []
-        created = self._event("response.created", response=self._draft.begun())
-        return b"".join([created, *queued, self._event("response.in_progress", response=self._draft.begun())])
+        begun = self._draft.begun()
+        if not self._queued:
+            events = {"response.created": begun}
+        else:
+            events = dict.fromkeys(("response.created", "response.queued"), self._draft.begun("queued"))
+        events["response.in_progress"] = begun
+        return b"".join(self._event(name, response=response) for name, response in events.items())
 
     def frames(self, event: ChoiceEvent) -> bytes:
         """Return the events that tell of `event`."""
