@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import zmq
@@ -35,6 +35,7 @@ from engine.messages import (
     Event,
     ForgetState,
     Hello,
+    InitialStateRef,
     SaveState,
     StepReport,
     StepStats,
@@ -52,6 +53,7 @@ from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
 from engine.state.prefix_store import PrefixStore
 from engine.state.save_queue import SaveQueue
+from engine.state.spec import RecurrentState
 from engine.state.store import StateStore
 
 _log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class EngineLoop:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         clock: Callable[[], float] = time.monotonic,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         self._runner = runner
         self._ready = ready
@@ -99,6 +102,7 @@ class EngineLoop:
             self._checkpointer.fetch,
             self._grammars.compile,
             clock,
+            initial_states,
         )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._adoptions = Adoptions(self._checkpointer)

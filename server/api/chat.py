@@ -19,6 +19,7 @@ from server.api.requests import (
     conversation_of,
     expected_version,
     grammar_named,
+    initial_state_of,
     limited,
     with_choice,
 )
@@ -97,7 +98,7 @@ async def create_chat_completion(
             await generate(generation)
 
     async def generate(generation: Generation) -> None:
-        selector = conversation_of(body, tenant_of(request))
+        selector = conversation_of(body, services, tenant_of(request))
         if selector is None:
             prompt = planner.render(services.template)
             writer.expect(prompt)
@@ -139,6 +140,7 @@ class Planner:
         )
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
+        self._initial_state = initial_state_of(body.initial_state, services)
 
     def preamble(self, template: Template) -> str:
         """Return the system text that a history with these tools begins with; raises `TemplateError`."""
@@ -197,6 +199,7 @@ class Planner:
                 priority=self._body.priority,
                 borders=borders_of(prompt, ends, is_stateful=self._body.is_stateful),
                 keep_state=True,
+                initial_state=self._initial_state,
             )
             for index in range(self._body.n)
         ]

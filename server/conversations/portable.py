@@ -85,6 +85,13 @@ class StateSeal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sha256: Hex32
 
 
+class PortableInitialState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tuned state that the history begins from."""
+
+    name: ShortText  # where it came from, for people
+    fingerprint: Hex32  # of its content
+
+
 class PortableLog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A conversation without its state."""
 
@@ -95,6 +102,7 @@ class PortableLog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     root: Hex16  # chain of the empty history where it came from
     metadata: Metadata
     turns: list[PortableTurn]
+    initial_state: PortableInitialState | None = None  # None: the zero state
     state: StateSeal | None = None
 
     @property
@@ -141,6 +149,7 @@ def write(head: Conversation, history: History, state: bytes | bytearray | None 
     Raises `FileRejected` for a log that is too long for one.
     """
     seal = None if state is None else StateSeal(num_bytes=len(state), sha256=hashlib.sha256(state).hexdigest())
+    begun = head.initial_state
     log = PortableLog(
         id=name_of(head.conversation_id),
         model=head.model,
@@ -149,6 +158,7 @@ def write(head: Conversation, history: History, state: bytes | bytearray | None 
         root=history.root.hex(),
         metadata=head.metadata,
         turns=[_portable(entry) for entry in history.path],
+        initial_state=None if begun is None else PortableInitialState(name=begun.name, fingerprint=begun.fingerprint),
         state=seal,
     )
     text = _encoder.encode(log)

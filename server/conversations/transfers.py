@@ -17,10 +17,18 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 
-from engine.errors import CheckpointMissing, CheckpointRejected, StateUnavailable
-from engine.messages import CheckpointRef, CheckpointStored, GenerationRequest, SamplingParams, StateSource, StopRules
+from engine.errors import CheckpointMissing, CheckpointRejected, InitialStateUnavailable, StateUnavailable
+from engine.messages import (
+    CheckpointRef,
+    CheckpointStored,
+    GenerationRequest,
+    InitialStateRef,
+    SamplingParams,
+    StateSource,
+    StopRules,
+)
 from engine.state.store import StateStore
 from engine.token_chain import extend_digest
 from server.conversations import portable
@@ -80,19 +88,17 @@ class Transfers:
             raise LogCorrupt(f"the log of conversation {conversation_id!r} does not match its chain")
         state = None
         if include_state and history.num_tokens:
-            state = await self._state(history, head.checkpoints, spend_tokens)
+            state = await self._state(head, history, spend_tokens)
         return await asyncio.to_thread(portable.write, head, history, state)
 
-    async def _state(
-        self, history: History, checkpoints: Mapping[int, CheckpointRef], spend_tokens: Callable[[int], None]
-    ) -> bytearray:
+    async def _state(self, head: Conversation, history: History, spend_tokens: Callable[[int], None]) -> bytearray:
         engine, store = self._turns.engine, self._require_store()
-        newest = history.newest(checkpoints)
+        newest = history.newest(head.checkpoints)
         copy_of = newest[1] if newest is not None and newest[1].chain == history.chain else None
         try:
             stored = await engine.save_state(history.chain, history.num_tokens, copy_of)
         except CheckpointMissing:
-            spend_tokens(await self._compute(history, None if copy_of is not None else newest))
+            spend_tokens(await self._compute(head, history, None if copy_of is not None else newest))
             stored = await self._save_computed(history)
         try:
             return await asyncio.to_thread(store.get, stored.ref.checkpoint_id)
@@ -105,17 +111,23 @@ class Transfers:
         except CheckpointMissing as missing:
             raise StateUnavailable("the engine has no memory for a state that nothing runs with") from missing
 
-    async def _compute(self, history: History, newest: tuple[int, CheckpointRef] | None) -> int:
+    async def _compute(self, head: Conversation, history: History, newest: tuple[int, CheckpointRef] | None) -> int:
         """Let the engine consume the history, from a checkpoint of it on, so that it has the state in memory.
 
         Returns how many tokens that took.
         """
         if newest is not None:
             version, checkpoint = newest
-            source = StateSource(num_tokens=checkpoint.num_tokens, chain=checkpoint.chain, checkpoint=checkpoint)
+            source = StateSource(
+                num_tokens=checkpoint.num_tokens,
+                chain=checkpoint.chain,
+                checkpoint=checkpoint,
+                initial_state=head.initial_state,
+            )
             with contextlib.suppress(StateUnavailable):
                 return await self._consume(source, history.token_ids(version))
-        return await self._consume(StateSource(num_tokens=0, chain=history.root), history.token_ids())
+        beginning = StateSource(num_tokens=0, chain=history.root, initial_state=head.initial_state)
+        return await self._consume(beginning, history.token_ids())
 
     async def _consume(self, source: StateSource, token_ids: list[int]) -> int:
         request = GenerationRequest(
@@ -137,18 +149,19 @@ class Transfers:
         """Begin a conversation with the history in a file, and the state in it if there is one.
 
         All or nothing: whatever is wrong with the file, nothing of it is left. `without_state` does not look at the
-        state. Raises `FileRejected`, `ModelMismatch`, `StateRejected`, `StoreNotShared`, `CheckpointError`, and as
-        `Ledger.create`.
+        state. Raises `FileRejected`, `ModelMismatch`, `InitialStateUnavailable`, `StateRejected`, `StoreNotShared`,
+        `CheckpointError`, and as `Ledger.create`.
         """
         file = await asyncio.to_thread(portable.read, data)
         if file.log.fingerprint != self._turns.model.fingerprint:
             raise ModelMismatch("the conversation in the file was held with another model")
-        root = root_of(conversation_id)
+        initial_state = self._initial_state_of(file.log)
+        root = root_of(conversation_id, initial_state)
         entries = await asyncio.to_thread(
             portable.turns_of, file.log, root, vocab_size=self._vocab_size, templates=self._templates
         )
         state = None if without_state else await asyncio.to_thread(file.state)
-        conversation = self._conversation(file.log, entries, conversation_id)
+        conversation = self._conversation(file.log, entries, conversation_id, initial_state)
         checkpoint = None if state is None else await self._adopt(file.log, state, conversation.chain)
         try:
             await self._turns.ledger.create(conversation, entries)
@@ -170,11 +183,26 @@ class Transfers:
         if checkpoint_ids := [checkpoint.checkpoint_id for checkpoint in checkpoints]:
             self._turns.engine.delete_checkpoints(checkpoint_ids)
 
-    def _conversation(self, log: portable.PortableLog, entries: list[Turn], conversation_id: str) -> Conversation:
+    def _initial_state_of(self, log: portable.PortableLog) -> InitialStateRef | None:
+        """Return what the history begins from, by the name that it has here; raises `InitialStateUnavailable`."""
+        if log.initial_state is None:
+            return None
+        for known in self._turns.model.initial_states:
+            if known.fingerprint == log.initial_state.fingerprint:
+                return known
+        raise InitialStateUnavailable("this server does not have the state that the conversation began from")
+
+    def _conversation(
+        self,
+        log: portable.PortableLog,
+        entries: list[Turn],
+        conversation_id: str,
+        initial_state: InitialStateRef | None,
+    ) -> Conversation:
         return Conversation(
             conversation_id=conversation_id,
             version=len(entries),
-            chain=entries[-1].chain if entries else root_of(conversation_id),
+            chain=entries[-1].chain if entries else root_of(conversation_id, initial_state),
             num_tokens=log.num_tokens,
             model=self._turns.model.name,
             fingerprint=log.fingerprint,
@@ -182,6 +210,7 @@ class Transfers:
             created_at=time.time(),
             ttl_seconds=self._turns.conversation_ttl_seconds,
             metadata=log.metadata,
+            initial_state=initial_state,
         )
 
     async def _adopt(self, log: portable.PortableLog, state: memoryview, chain: bytes) -> CheckpointRef:

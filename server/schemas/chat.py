@@ -121,6 +121,9 @@ class NamedToolChoice(StrictModel):
 class ChatRequest(GenerationFields):
     """Answer the messages. In a conversation they are the new ones only; it remembers the others."""
 
+    # A wish for a shorter or longer answer; no model here is trained to follow it.
+    without_effect: ClassVar[frozenset[str]] = GenerationFields.without_effect | {"verbosity"}
+
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -131,7 +134,6 @@ class ChatRequest(GenerationFields):
         "moderation": (),
         "store": (False,),
         "service_tier": ("auto", "default"),
-        "verbosity": ("medium",),
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
