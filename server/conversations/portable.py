@@ -37,6 +37,7 @@ class FileRejected(Exception):
 TokenId = Annotated[int, Meta(ge=0, lt=2**32)]
 Hex16 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Fingerprint = Annotated[str, Meta(min_length=1, max_length=128)]  # hex; what matters is whether it is the served one
 ShortText = Annotated[str, Meta(max_length=256)]
 Metadata = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -89,7 +90,7 @@ class PortableInitialState(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     """The tuned state that the history begins from."""
 
     name: ShortText  # where it came from, for people
-    fingerprint: Hex32  # of its content
+    fingerprint: Fingerprint  # of its content
 
 
 class PortableLog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -97,7 +98,7 @@ class PortableLog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
     id: Annotated[str, Meta(max_length=128)]  # what it was called where it came from
     model: ShortText  # served name, for people
-    fingerprint: Hex32  # of the weights
+    fingerprint: Fingerprint  # of the weights
     template: ShortText
     root: Hex16  # chain of the empty history where it came from
     metadata: Metadata

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from types import TracebackType
 
@@ -73,8 +76,6 @@ class Terminal:
 
 
 def _make_controlling(terminal: int) -> None:
-    """Let Ctrl-C on `terminal` reach the new session's process."""
-    import fcntl
-    import termios
-
+    """Let Ctrl-C on `terminal` reach the new session's process, even if the tests themselves are deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)

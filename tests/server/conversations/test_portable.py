@@ -234,7 +234,7 @@ def turn_with(number: int, **fields: Any) -> Callable[[dict[str, Any]], object]:
         lambda log: log.update(template="unheard of"),
         lambda log: log.update(metadata={"k" * 65: "v"}),
         lambda log: log.update(metadata={str(number): "v" for number in range(17)}),
-        lambda log: log.update(fingerprint="f00d"),
+        lambda log: log.update(fingerprint=""),
         lambda log: log.update(state=None),
         lambda log: log["state"].update(sha256="00" * 32),
         lambda log: log["state"].update(num_bytes=len(STATE) - 1),
