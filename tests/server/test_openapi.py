@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from server.app import ROUTERS
+from server.conversations.portable import MEDIA_TYPE
 from tests.server.conftest import OPTIONS
 from tests.server_process import ServerProcess
 
@@ -30,6 +31,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+schemathesis.serializer.alias(MEDIA_TYPE, "text/plain")  # nothing it can draw is such a file
 OPERATIONS = sorted(
     (method, route.path_format)
     for router in ROUTERS
