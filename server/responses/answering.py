@@ -75,7 +75,7 @@ class Answering:
     @contextlib.asynccontextmanager
     async def _ended_from_elsewhere(self, generation: Generation) -> AsyncGenerator[None]:
         """Let other servers end a response in the background, which only this one could otherwise."""
-        if not self._body.background:
+        if not self._body.background or not self._services.turns.ledger.is_shared:
             yield
             return
         asked = asyncio.create_task(self._services.archive.asked_to_end(self._tenant, self.draft.response_id))
