@@ -56,6 +56,7 @@ bench: install
 
 bench-peers: install
 	$(BIN)/python -m tests.benchmarks.peers.compare --llama-cpp $(ARGS)
+
 bench-gpu: install
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 

@@ -71,6 +71,7 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             metrics.turns,
             lease_seconds=settings.lease_seconds,
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
+            max_checkpoints=settings.max_checkpoints,
         )
         drain = Drain()
         presence = Presence(ledger)

@@ -170,14 +170,16 @@ def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]
             continue
         if answer.hint and parts and isinstance(parts[-1], Message):
             parts[-1] = Message(parts[-1].role, parts[-1].content + answer.hint)
-        parts.append(WrittenAnswer(answer.opening, tuple(answer.output_ids)))
+        last = parts[-1] if parts else None
+        follows = isinstance(last, WrittenAnswer) and last.follows and not answer.opening
+        parts.append(WrittenAnswer(answer.opening, tuple(answer.output_ids), follows))
     return parts
 
 
 def _add_part(parts: list[Part], body: dict[str, Any]) -> None:
     match body["type"]:
         case "message" if body["role"] == "unknown":
-            raise TemplateError("input", "text that was continued without a template cannot be said again")
+            parts.append(WrittenAnswer("", text_of(body["content"]), follows=True))
         case "message":
             parts.append(Message(body["role"], text_of(body["content"])))
         case "function_call":

@@ -24,6 +24,7 @@ from tests.benchmarks.ratios import RatioBench
 from tests.benchmarks.sse_bench import Settings as SseSettings
 from tests.benchmarks.sse_bench import SseBench
 from tests.benchmarks.synthetic_model import ensure_model
+from tests.benchmarks.turns_bench import TurnBench
 
 
 def main() -> None:
@@ -42,6 +43,7 @@ def main() -> None:
         results = asyncio.run(EngineBench(model, Path(directory), options.threads, settings).run())
         results |= asyncio.run(RatioBench(model, Path(directory), options.threads, settings).run())
         results["sse_chunks_per_second"] = SseBench(SseSettings(rounds=settings.rounds)).run()
+        results |= TurnBench(Path(directory), max(5, settings.rounds)).run()
         results["peers"] = compare(model, PeerSettings(rounds=settings.rounds, num_threads=options.threads))
         results["bench_seconds"] = round(time.perf_counter() - started_at, 1)
     print_table(results)

@@ -157,7 +157,10 @@ class Clients:
             for key, _ in self._selector.select(0):
                 assert isinstance(key.fileobj, socket.socket)
                 data = key.fileobj.recv(1 << 18)
-                assert data, "the server closed a stream"
+                if not data:  # at its end, and idle for longer than the server keeps it
+                    self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    assert self._selector.get_map(), "the server closed all streams"
                 self.num_chunks += data.count(b'"text":"') + data.count(b'"content":"') - data.count(b'"role":')
                 self.num_done += data.count(b"data: [DONE]")
 

@@ -193,6 +193,7 @@ def test_no_setting_comes_or_goes_unnoticed() -> None:
         "ledger_url",
         "log_level",
         "max_body_bytes",
+        "max_checkpoints",
         "max_logprobs",
         "max_num_batched_tokens",
         "max_num_queued_reqs",

@@ -1,7 +1,7 @@
 """A plain PyTorch RWKV-7 step, as one would write it down: `python plain_torch.py MODEL THREADS`.
 
-Matrices in bfloat16 where PyTorch has instructions for it (else float32, which is faster there), everything small and the
-state in float32, all sequences together, a prompt token by token.
+Matrices in bfloat16 where PyTorch has instructions for it (else float32, which is faster there), everything small and
+the state in float32, all sequences together, a prompt token by token.
 """
 
 from __future__ import annotations
