@@ -79,7 +79,13 @@ class Answering:
             yield
             return
         asked = asyncio.create_task(self._services.archive.asked_to_end(self._tenant, self.draft.response_id))
-        asked.add_done_callback(lambda task: None if task.cancelled() else generation.interrupt(ResponseCancelled()))
+
+        def interrupt(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                task.result()
+                generation.interrupt(ResponseCancelled())
+
+        asked.add_done_callback(interrupt)
         try:
             yield
         finally:
