@@ -146,8 +146,7 @@ async def _ended(services: Services, tenant: str, response_id: str) -> Stored:
         return await services.archive.find(tenant, response_id)
     if stored.response.background and stored.response.status in UNFINISHED:
         await services.archive.ask_for_end(tenant, response_id)
-        async for stored in services.archive.followed(tenant, response_id):
-            pass
+        stored = [stood async for stood in services.archive.followed(tenant, response_id)][-1]
     return stored
 
 

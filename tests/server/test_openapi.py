@@ -146,7 +146,7 @@ def test_every_event_is_as_described(schema: schemathesis.schemas.BaseSchema, pa
 
 
 def test_conversations_that_are_made_can_be_looked_at_and_deleted(schema: schemathesis.schemas.BaseSchema) -> None:
-    """Walks along the document's links, in any order: responses too."""
+    """Walks along the document's links, in any order: responses, items and forks too."""
 
     class Walk(schema.as_state_machine()):  # type: ignore[misc]
         def validate_response(self, response: Any, case: schemathesis.Case, **_: Any) -> None:
