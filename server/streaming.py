@@ -130,7 +130,7 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 
 def told_of(error: Exception, metrics: HttpMetrics) -> Answer:
-    """Return what the reader of a stream is told of the error that ends it, which is being handled; count and log it."""
+    """Return what a reader is told of the error that ends a stream, which is being handled; count it, log a defect."""
     told = answer(error)
     metrics.errors.labels(told.code).inc()
     if is_our_fault(error):
