@@ -69,7 +69,7 @@ class Answering:
             try:
                 await self._answer(generation)
             except BaseException as error:
-                await asyncio.shield(self._note_failure(error))
+                await asyncio.shield(self._note_failure(generation.interruption or error))
                 raise
 
     @contextlib.asynccontextmanager
