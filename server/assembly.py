@@ -18,6 +18,7 @@ from server.conversations.ledger import Ledger, LedgerUnavailable
 from server.conversations.open_ledger import open_ledger
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
+from server.idempotency import Claims
 from server.metrics import HttpMetrics, Metrics
 from server.presence import Presence
 from server.pulse import Pulse
@@ -90,6 +91,7 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             drain=drain,
             presence=presence,
             archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            claims=Claims(ledger, presence),
             runs=Runs(drain, metrics.http),
             pulse=pulse,
         )

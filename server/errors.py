@@ -8,6 +8,9 @@ ServerError
 ├── BodyTooLarge             more bytes than the operator allows; said while they arrive
 ├── BodyTooSlow              the body did not arrive in time
 ├── RateLimitExceeded        the key has used up what it may ask for
+├── IdempotencyInProgress    a request with this Idempotency-Key is being carried out
+├── IdempotencyKeyReused     this Idempotency-Key was used for another body
+├── ReplyNotKept             the request was carried out, and its reply was too large to be kept
 └── ServerDraining           the server is shutting down; what had not finished was not applied
 
 Errors of the engine and of conversations keep their own trees; all meet in `ANSWERS`. An answer never repeats what the
@@ -68,6 +71,22 @@ class RateLimitExceeded(ServerError):
         self.resource = resource
         self.retry_after_seconds = retry_after_seconds
         super().__init__(f"This API key has used up its {resource}.")
+
+
+class IdempotencyInProgress(ServerError):
+    """A request with this key is being carried out; its reply will have the id `reply_id`."""
+
+    def __init__(self, reply_id: str) -> None:
+        self.reply_id = reply_id
+        super().__init__("a request with this Idempotency-Key is being carried out")
+
+
+class IdempotencyKeyReused(ServerError):
+    """The key was used for a request with another body."""
+
+
+class ReplyNotKept(ServerError):
+    """The request with this key was carried out, but its reply was too large to be kept."""
 
 
 class ServerDraining(ServerError):
@@ -245,6 +264,28 @@ ANSWERS: dict[type[Exception], Rule] = {
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
+    IdempotencyInProgress: Rule(
+        409,
+        CONFLICT,
+        "idempotency_in_progress",
+        "A request with this Idempotency-Key is being carried out.",
+        "Idempotency-Key",
+        RETRY_SOON_SECONDS,
+    ),
+    IdempotencyKeyReused: Rule(
+        422,
+        REQUEST,
+        "idempotency_key_reused",
+        "This Idempotency-Key belongs to a request with another body.",
+        "Idempotency-Key",
+    ),
+    ReplyNotKept: Rule(
+        409,
+        CONFLICT,
+        "idempotency_reply_too_large",
+        "The request was carried out before; its reply was too large to be kept.",
+        "Idempotency-Key",
+    ),
     RateLimitExceeded: Rule(429, LIMIT, "rate_limit_exceeded", None, None, RETRY_SOON_SECONDS, refine=_with_wait),
     open_turn.LogCorrupt: CORRUPT,
     ledger.LedgerCorrupt: CORRUPT,

@@ -22,6 +22,7 @@ from server.templates import Piece, Template
 from server.tenants import Tenants
 
 if TYPE_CHECKING:  # they work with services themselves
+    from server.idempotency import Claims
     from server.responses.archive import Archive
     from server.runs import Runs
 
@@ -58,6 +59,7 @@ class Services:
     drain: Drain
     presence: Presence
     archive: Archive
+    claims: Claims
     runs: Runs
     pulse: Pulse
 

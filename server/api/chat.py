@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -10,17 +11,19 @@ from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
-from server.api.operations import IF_MATCH, TURN_ERRORS, Router
-from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
+from server.api.operations import IDEMPOTENCY_KEY, IF_MATCH, TURN_ERRORS, Router
+from server.api.replays import chat_frames, replayed
+from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, new_reply_id, stop_reason
 from server.api.requests import (
     answering,
+    begin,
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
-    grammar_named,
     limited,
     with_choice,
+    with_reply,
 )
 from server.conversations.ledger import Conversation, Item
 from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
@@ -32,12 +35,14 @@ from server.generation import (
     Delivered,
     Finished,
     Generation,
+    Outcome,
     Prompted,
     Started,
     borders_of,
     generate_choices,
     generate_turn,
 )
+from server.idempotency import Kept, key_of
 from server.items import AnswerIds, answered, called, new_id, parts_of, returned, said
 from server.parsing import json_body
 from server.schemas import chat as schemas
@@ -55,8 +60,8 @@ from server.schemas.chat import (
     ToolCallDelta,
     TopLogprob,
 )
-from server.services import ServedModel, Services, ServicesOf
-from server.streaming import respond
+from server.services import Services, ServicesOf
+from server.streaming import respond, whole_reply
 from server.templates import (
     BUILTIN,
     AnswerReader,
@@ -69,7 +74,7 @@ from server.templates import (
     render,
     tools_text,
 )
-from server.tenants import budget_of, tenant_of
+from server.tenants import tenant_of
 
 router = Router()
 
@@ -81,7 +86,7 @@ router = Router()
     reply=ChatCompletion,
     chunk=ChatChunk,
     errors=TURN_ERRORS,
-    headers=[IF_MATCH],
+    headers=[IF_MATCH, IDEMPOTENCY_KEY],
 )
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf
@@ -90,28 +95,33 @@ async def create_chat_completion(
     check_model(body.model, services)
     version = expected_version(request, body)
     planner = Planner(services, body)
-    writer = ChatWriter(services.model, services.tokenizer, body)
+    selector = conversation_of(body, tenant_of(request))
+    key = await key_of(request, "" if selector is None else selector.conversation_id)
+    attempt = await services.claims.attempt(key, new_reply_id("chatcmpl"))
+    if isinstance(attempt, Kept):
+        frames = partial(chat_frames, include_usage=body.stream_options.include_usage)
+        return replayed(attempt.reply, frames, stream=body.stream)
+    writer = ChatWriter(Identity(attempt.reply_id, services.model), services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
-        with grammar_named(body):
-            await generate(generation)
-
-    async def generate(generation: Generation) -> None:
-        selector = conversation_of(body, tenant_of(request))
         if selector is None:
             prompt = planner.render(services.template)
             writer.expect(prompt)
-            await generate_choices(services, generation, tenant_of(request), await planner.plans(prompt))
+            outcomes = await generate_choices(services, generation, tenant_of(request), await planner.plans(prompt))
+            if attempt.has_key:
+                await attempt.keep(whole_reply(writer.again(), outcomes))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
+            await attempt.enter(turn.conversation.conversation_id)
             template = template_of(turn.conversation, services)
             base = await turn.base(planner.preamble(template))
             prompt = planner.render(template, base)
             writer.expect(prompt)
             plan = (await planner.plans(prompt))[0]
-            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt, writer.call_ids[0]))
+            content = planner.content_of(turn, prompt, writer.call_ids[0])
+            await generate_turn(services, generation, turn, plan, with_reply(content, attempt, writer.again))
 
-    generation = Generation(services.drain, budget_of(request), work)
+    generation = await begin(request, services, body, attempt, work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
@@ -163,14 +173,12 @@ class Planner:
             num_known=len(before),
         )
 
-    def content_of(
-        self, turn: OpenTurn, prompt: RenderedPrompt, call_id: str
-    ) -> Callable[[Delivered, Finished], TurnContent]:
+    def content_of(self, turn: OpenTurn, prompt: RenderedPrompt, call_id: str) -> Callable[[Outcome], TurnContent]:
         """Return what makes a turn's content of the whole answer to `prompt`."""
 
-        def content(whole: Delivered, finished: Finished) -> TurnContent:
-            answer = read_answer(whole.text, prompt.opening, self._body.toolbox)
-            is_complete = finished.reason is not FinishReason.LENGTH
+        def content(outcome: Outcome) -> TurnContent:
+            answer = read_answer(outcome.whole.text, prompt.opening, self._body.toolbox)
+            is_complete = outcome.finished.reason is not FinishReason.LENGTH
             inputs = [item for message in self._body.messages for item in _items(message)]
             return TurnContent(
                 items=[*inputs, *answered(answer, turn.answer_id, AnswerIds(call=call_id), is_complete=is_complete)],
@@ -218,12 +226,15 @@ def _message(message: schemas.Message) -> Message:
 class ChatWriter:
     """What a chat completion says."""
 
-    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: ChatRequest) -> None:
+    def __init__(
+        self, identity: Identity, tokenizer: Tokenizer, body: ChatRequest, call_ids: list[str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("chatcmpl", model)
+        self._identity = identity
         self._meter = Meter(body.n)
-        self.call_ids = [new_id("call") for _ in range(body.n)]
+        self.call_ids = call_ids or [new_id("call") for _ in range(body.n)]
+        self._prompt: RenderedPrompt | None = None
         self._readers: list[AnswerReader] = []
         self._prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._choices = [ChatChoice(index=index, message=AssistantMessage()) for index in range(body.n)]
@@ -233,7 +244,15 @@ class ChatWriter:
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
+        self._prompt = prompt
         self._readers = [AnswerReader(prompt.opening, self._body.toolbox) for _ in range(self._body.n)]
+
+    def again(self) -> ChatWriter:
+        """Return a writer that is still to say the same."""
+        writer = ChatWriter(self._identity, self._tokenizer, self._body, self.call_ids)
+        if self._prompt is not None:
+            writer.expect(self._prompt)
+        return writer
 
     def opening(self) -> bytes:
         """Return nothing: a choice begins when it has a slot."""

@@ -20,11 +20,16 @@ from server.services import ServedModel
 LOWEST_LOGPROB = -9999.0
 
 
+def new_reply_id(prefix: str) -> str:
+    """Return an id that no other reply has."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
 class Identity:
     """What every part of one reply says about itself."""
 
-    def __init__(self, prefix: str, model: ServedModel) -> None:
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+    def __init__(self, reply_id: str, model: ServedModel) -> None:
+        self.id = reply_id
         self.created = int(time.time())
         self.model = model.name
         self.system_fingerprint = model.system_fingerprint

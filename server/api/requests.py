@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 from fastapi import Request
@@ -12,11 +13,16 @@ from fastapi import Request
 from engine.errors import InvalidRequest
 from engine.messages import Grammar, SamplingParams
 from server.conversations.history import scoped
+from server.conversations.open_turn import TurnContent
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
+from server.generation import Generation, Outcome
+from server.idempotency import Attempt, bounded
 from server.schemas.generation import GenerationFields, SamplingFields
 from server.services import Services
+from server.streaming import ReplyWriter, whole_reply
 from server.templates import END_OF_THOUGHT, Opening, Toolbox, call_grammar
+from server.tenants import budget_of
 
 ENTITY_TAG = re.compile(r'"?(\d{1,9})"?')
 
@@ -87,6 +93,41 @@ def answering(sampling: SamplingParams, opening: Opening, toolbox: Toolbox | Non
         return sampling
     after, lead = (END_OF_THOUGHT, r"\s*") if opening.thinking else ("", opening.unshown)
     return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(grammar, after=after, lead=lead))
+
+
+async def begin(
+    request: Request,
+    services: Services,
+    body: SamplingFields,
+    attempt: Attempt,
+    work: Callable[[Generation], Awaitable[None]],
+) -> Generation:
+    """Begin the work of a request, which is what the attempt is made for; raises `RateLimitExceeded`."""
+
+    async def attempted(generation: Generation) -> None:
+        async with attempt:
+            with grammar_named(body):
+                await work(generation)
+
+    try:
+        return Generation(services.drain, budget_of(request), attempted)
+    except BaseException:
+        await attempt.release()
+        raise
+
+
+def with_reply(
+    content_of: Callable[[Outcome], TurnContent], attempt: Attempt, new_writer: Callable[[], ReplyWriter]
+) -> Callable[[Outcome], TurnContent]:
+    """Return `content_of` with the whole reply as a part of the turn, if somebody may ask for it again."""
+    if not attempt.has_key:
+        return content_of
+
+    def content(outcome: Outcome) -> TurnContent:
+        reply = bounded(whole_reply(new_writer(), [outcome]))
+        return dataclasses.replace(content_of(outcome), reply_id=attempt.reply_id, reply=reply)
+
+    return content
 
 
 @contextlib.contextmanager
