@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from server.api import chat, completions, conversations, health, models, responses, tokenize
+from server.api import chat, completions, conversations, health, models, responses, stored_chats, tokenize
 from server.api.operations import describe
 from server.errors import Answer, answer, answer_status
 from server.middleware import RequestScope, SizeLimits
@@ -20,7 +20,9 @@ from server.security import Authentication
 from server.services import Services
 from server.version import server_version
 
-ROUTERS = tuple(family.router for family in (completions, chat, responses, conversations, models, tokenize, health))
+ROUTERS = tuple(
+    family.router for family in (completions, chat, stored_chats, responses, conversations, models, tokenize, health)
+)
 
 
 def create_app(services: Services) -> FastAPI:

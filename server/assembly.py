@@ -26,6 +26,7 @@ from server.responses.archive import Archive
 from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
+from server.stored_chats import StoredChats
 from server.templates import choose as choose_template
 from server.tenants import Tenants
 from server.version import server_version
@@ -92,6 +93,7 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             presence=presence,
             archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
             claims=Claims(ledger, presence),
+            stored_chats=StoredChats(ledger, settings.conversation_ttl_seconds),
             runs=Runs(drain, metrics.http),
             pulse=pulse,
         )

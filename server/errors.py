@@ -8,6 +8,7 @@ ServerError
 ├── BodyTooLarge             more bytes than the operator allows; said while they arrive
 ├── BodyTooSlow              the body did not arrive in time
 ├── RateLimitExceeded        the key has used up what it may ask for
+├── ChatCompletionNotFound   no chat completion of that id is stored
 ├── IdempotencyInProgress    a request with this Idempotency-Key is being carried out
 ├── IdempotencyKeyReused     this Idempotency-Key was used for another body
 ├── ReplyNotKept             the request was carried out, and its reply was too large to be kept
@@ -71,6 +72,10 @@ class RateLimitExceeded(ServerError):
         self.resource = resource
         self.retry_after_seconds = retry_after_seconds
         super().__init__(f"This API key has used up its {resource}.")
+
+
+class ChatCompletionNotFound(ServerError):
+    """No chat completion of that id is stored."""
 
 
 class IdempotencyInProgress(ServerError):
@@ -218,6 +223,9 @@ ANSWERS: dict[type[Exception], Rule] = {
     ),
     responses.PreviousResponseUnfinished: Rule(
         400, REQUEST, "previous_response_unfinished", "That response has no answer to continue.", "previous_response_id"
+    ),
+    ChatCompletionNotFound: Rule(
+        404, REQUEST, "completion_not_found", "There is no such stored completion.", "completion_id"
     ),
     UnknownModel: Rule(404, REQUEST, "model_not_found", "This server has no such model.", "model"),
     ledger.ConversationNotFound: Rule(

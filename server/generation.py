@@ -133,7 +133,7 @@ class Generation:
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self._interruption: Exception | None = None
-        self._is_committing = False
+        self.is_committing = False  # or has committed
         self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
         self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
@@ -171,13 +171,13 @@ class Generation:
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
-        self._is_committing = True
+        self.is_committing = True
 
     # -- for the drain ------------------------------------------------------------------------------------------------
 
     def interrupt(self, error: Exception) -> None:
         """End with `error`, unless the turn is already being committed."""
-        if not self._is_committing and not self._task.done():
+        if not self.is_committing and not self._task.done():
             self._interruption = error
             self._task.cancel()
 

@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from server.api.chat import template_of
-from server.api.requests import answering, check_num_logprobs, limited
+from server.api.requests import Remembered, answering, check_num_logprobs, limited, without_thought
 from server.conversations.ledger import Item, LedgerError
 from server.conversations.open_turn import Base, OpenTurn, TurnContent
 from server.errors import answer
@@ -31,7 +31,7 @@ from server.responses.log import opened, predecessor_of
 from server.responses.writer import ResponseWriter
 from server.schemas.responses import ResponseRequest
 from server.services import Services
-from server.templates import RenderedPrompt, Template, render, tools_text
+from server.templates import Opening, Part, RenderedPrompt, Template, render, tools_text
 
 
 class Answering:
@@ -100,15 +100,20 @@ class Answering:
             return
         async with opened(services.turns, body, self._tenant, predecessor) as turn:
             self._log_id = turn.conversation.conversation_id
-            if is_remembered := body.store or body.conversation is not None:
+            if body.is_remembered:
                 await self._attempt.enter(self._log_id)
             if body.store:
                 await self.announce("in_progress")
             template = template_of(turn.conversation, services)
-            prompt = self._render(template, await turn.base(self._preamble(template)))
+            base = await turn.base(self._preamble(template))
+            prompt = self._render(template, base)
             plan = await self._plan(prompt, is_stateful=True)
-            if is_remembered:
-                await generate_turn(services, generation, turn, plan, partial(self._content, turn))
+            if body.is_remembered:
+                forgets = prompt.opening.thinking and not body.keep_reasoning
+                remembered = self._without_thought(template, base, prompt) if forgets else None
+                opening = Opening(template.past_opening) if forgets else prompt.opening
+                content = partial(self._content, turn, opening)
+                await generate_turn(services, generation, turn, plan, content, remembered)
             else:  # the history stays as it is
                 await self._finish(generation, await generate_untold(services, generation, turn, plan))
 
@@ -127,19 +132,30 @@ class Answering:
         return "\n".join(filter(None, (self._body.instructions, tools)))
 
     def _render(self, template: Template, base: Base | None) -> RenderedPrompt:
-        first = base is None or base.num_tokens == 0
         toolbox = self._body.toolbox
-        before = [] if base is None else parts_of(base.items, base.answers)
+        parts, first, num_known = self._parts(base)
         self.draft.prompt = render(
-            [*before, *parts_of(self._inputs, {})],
+            parts,
             template,
             first=first,
             reasoning_effort=self._body.reasoning.effort,
             preamble=self._preamble(template) if first else "",
             must_call=toolbox is not None and toolbox.must_call,
-            num_known=len(before),
+            num_known=num_known,
         )
         return self.draft.prompt
+
+    def _without_thought(self, template: Template, base: Base, prompt: RenderedPrompt) -> Remembered:
+        parts, first, num_known = self._parts(base)
+        preamble = self._preamble(template) if first else ""
+        return without_thought(
+            self._services, template, prompt, parts, first=first, preamble=preamble, num_known=num_known
+        )
+
+    def _parts(self, base: Base | None) -> tuple[list[Part], bool, int]:
+        """Return what is to be rendered, whether it begins the history, and how much of it was said before."""
+        before = [] if base is None else parts_of(base.items, base.answers)
+        return [*before, *parts_of(self._inputs, {})], base is None or base.num_tokens == 0, len(before)
 
     async def _plan(self, prompt: RenderedPrompt, *, is_stateful: bool) -> ChoicePlan:
         tokenizer = self._services.tokenizer
@@ -158,18 +174,19 @@ class Answering:
             keep_state=True,
         )
 
-    def _content(self, turn: OpenTurn, outcome: Outcome) -> TurnContent:
-        """Return what the turn says, its reply in final form included."""
+    def _content(self, turn: OpenTurn, opening: Opening, outcome: Outcome) -> TurnContent:
+        """Return what the turn says, remembered after `opening`, its reply in final form included."""
         items = self.draft.items(outcome, turn.answer_id)
         response = self.draft.completed(items, outcome)
         self.writer.finish(response)
         is_kept = self._body.store or self._attempt.has_key
         reply = msgspec.json.encode(response) if is_kept else b""
-        assert self.draft.prompt is not None, "rendered before it was answered"
+        if not opening.thinking:
+            items = [item for item in items if item.item_id != self.draft.ids.thought]
         return TurnContent(
             items=[*self._inputs, *items],
-            opening=self.draft.prompt.opening.text,
-            hint=self.draft.prompt.opening.hint,
+            opening=opening.text,
+            hint=opening.hint,
             reply_id=response.id if is_kept else "",
             reply=reply if self._body.store else bounded(reply),
         )

@@ -9,6 +9,7 @@ import msgspec
 
 from engine.messages import FinishReason
 from engine.tokenizer import Tokenizer
+from server.api.replies import ThoughtCounter
 from server.conversations.ledger import Item
 from server.conversations.open_turn import TurnReceipt
 from server.generation import Delivered, Outcome
@@ -25,7 +26,7 @@ from server.schemas.responses import (
     StateInfo,
     TextReply,
 )
-from server.templates import END_OF_THOUGHT, AnswerReader, RenderedPrompt, read_answer
+from server.templates import AnswerReader, RenderedPrompt, read_answer
 
 
 class Draft:
@@ -130,13 +131,9 @@ class Draft:
         assert self.prompt is not None, "an answer follows a prompt"
         if not self.prompt.opening.thinking:
             return 0
-        end = END_OF_THOUGHT.encode()
-        seen = b""
-        for number, token_id in enumerate(whole.token_ids, start=1):
-            seen = (seen + self._tokenizer.token_bytes(token_id))[-256:]
-            if end in seen:
-                return number
-        return len(whole.token_ids)
+        counter = ThoughtCounter(self._tokenizer)
+        counter.push(whole.token_ids)
+        return counter.num_tokens
 
 
 def _tool_choice(body: ResponseRequest) -> object:
