@@ -24,6 +24,7 @@ from engine.errors import (
     EngineDied,
     EngineDraining,
     EngineError,
+    InitialStateUnavailable,
     InvalidRequest,
     NumericalError,
     QueueFull,
@@ -68,6 +69,7 @@ _FAILURES: dict[str, type[EngineError]] = {
     "queue_full": QueueFull,
     "draining": EngineDraining,
     "state_unavailable": StateUnavailable,
+    "initial_state_unavailable": InitialStateUnavailable,
     "numerical_error": NumericalError,
 }
 _CHECKPOINT_FAILURES: dict[str, type[CheckpointError]] = {
@@ -131,7 +133,7 @@ class AsyncEngine:
         """Run `request` and yield its events; outputs that wait together arrive as one.
 
         Leaving early aborts the sequence within one step. Raises `InvalidRequest`, `QueueFull`, `EngineDraining`,
-        `StateUnavailable`, `NumericalError`, `EngineDied` or `EngineError`.
+        `StateUnavailable`, `InitialStateUnavailable`, `NumericalError`, `EngineDied` or `EngineError`.
         """
         if request.request_id in self._mailboxes:
             raise InvalidRequest("request_id", f"a sequence {request.request_id!r} is running")
@@ -342,6 +344,7 @@ def _merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         prompt_logprobs=_joined(first.prompt_logprobs, second.prompt_logprobs),
         finish_reason=second.finish_reason,
         stop_reason=second.stop_reason,
+        stop_logprobs=second.stop_logprobs,
         num_sampled_tokens=second.num_sampled_tokens,
         num_kept_tokens=second.num_kept_tokens,
     )

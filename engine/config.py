@@ -26,3 +26,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     hot_state_bytes: int = 1 << 30  # host memory for states between turns
     prefix_min_tokens: int = 16  # prompts' prefixes shorter than this are computed again rather than kept
     prefix_store_min_tokens: int = 256  # of shared prefixes, those at least so long reach the state store, too
+    initial_states: str | None = None  # directory of tuned states that histories may begin from

@@ -6,6 +6,7 @@ EngineError
 ├── InvalidRequest           a request names something impossible; carries the field
 ├── QueueFull                more sequences wait than the operator allows
 ├── StateUnavailable         the state a request starts from can't be had; the caller must replay its tokens
+├── InitialStateUnavailable  the tuned state a history begins from is not here under its name; nothing can replace it
 ├── CheckpointError          the state store
 │   ├── CheckpointMissing    no such checkpoint (expired, evicted, never written)
 │   ├── CheckpointRejected   it is there, but is not what was asked for; never loaded, not even partly
@@ -51,6 +52,10 @@ class QueueFull(EngineError):
 
 class StateUnavailable(EngineError):
     """The state a request starts from cannot be had. Submit again with the tokens to replay."""
+
+
+class InitialStateUnavailable(EngineError):
+    """The tuned state that a history begins from is not here, or its name has another content now."""
 
 
 class CheckpointError(EngineError):

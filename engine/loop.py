@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import zmq
@@ -34,6 +34,7 @@ from engine.messages import (
     Event,
     ForgetState,
     Hello,
+    InitialStateRef,
     SaveState,
     StepReport,
     StepStats,
@@ -50,6 +51,7 @@ from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
 from engine.state.prefix_store import PrefixStore
 from engine.state.save_queue import SaveQueue
+from engine.state.spec import RecurrentState
 from engine.state.store import StateStore
 
 _log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class EngineLoop:
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         clock: Callable[[], float] = time.monotonic,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         self._runner = runner
         self._ready = ready
@@ -97,6 +100,7 @@ class EngineLoop:
             self._checkpointer.fetch,
             self._grammars.compile,
             clock,
+            initial_states,
         )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._clients: set[bytes] = set()

@@ -29,7 +29,7 @@ class FinishReason(enum.StrEnum):
 class ResumeKind(enum.StrEnum):
     """How the state before the prompt was obtained (promise P9)."""
 
-    NEW = "new"  # the zero state
+    NEW = "new"  # nothing was consumed yet: the zero state, or the tuned state that the history begins from
     HOT = "hot"  # it was still in the engine's memory
     RESTORED = "restored"  # loaded from a checkpoint that had consumed exactly these tokens
     REPLAYED = "replayed"  # recomputed, wholly or from an older checkpoint on, from the token log
@@ -90,11 +90,21 @@ class CheckpointRef(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int = 0
 
 
+class InitialStateRef(msgspec.Struct, frozen=True):
+    """A tuned state that a history may begin from instead of the zero state: its name, and what it must turn out to be.
+
+    The fingerprint is of its content: it is part of the root of every chain that begins there.
+    """
+
+    name: str
+    fingerprint: str  # hex
+
+
 class StateSource(msgspec.Struct, frozen=True, kw_only=True):
     """How to obtain the state that has consumed exactly the `num_tokens` tokens behind `chain`.
 
     The engine tries its own memory, then `checkpoint` followed by `replay_ids` (the tokens after the checkpoint),
-    and without a checkpoint `replay_ids` from the zero state, which must then be the whole history. If none of
+    and without a checkpoint `replay_ids` from the initial state, which must then be the whole history. If none of
     these can work it answers `SequenceFailed(code="state_unavailable")` and the client submits again with the whole
     history.
     """
@@ -103,6 +113,7 @@ class StateSource(msgspec.Struct, frozen=True, kw_only=True):
     chain: bytes
     checkpoint: CheckpointRef | None = None
     replay_ids: list[int] = []
+    initial_state: InitialStateRef | None = None  # what the history begins from; None: the zero state
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -197,6 +208,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     dtype: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    initial_states: tuple[InitialStateRef, ...] = ()  # what histories may begin from, by name
 
 
 class SequenceStarted(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -232,6 +244,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, tag=True, kw_only=True, omit_d
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt tokens consumed in this step
     finish_reason: FinishReason | None = None
     stop_reason: int | bytes | None = None  # the stop token or stop string that ended it
+    stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, when asked for
     num_sampled_tokens: int = 0  # in the last output: tokens computed, held-back and stop tokens included
     num_kept_tokens: int = 0  # in the last output: prompt tokens computed for this request that a kept state consumed
 
@@ -240,7 +253,9 @@ class SequenceFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A sequence was refused or broke. Nothing of it is kept."""
 
     request_id: str
-    code: str  # queue_full | draining | invalid_request | state_unavailable | numerical_error | engine_error
+    # queue_full | draining | invalid_request | initial_state_unavailable | state_unavailable | numerical_error |
+    # engine_error
+    code: str
     message: str
     field: str | None = None
 

@@ -11,8 +11,9 @@ import zmq
 from engine import tokenizer
 from engine.config import EngineConfig
 from engine.loop import EngineLoop
-from engine.messages import EngineReady
+from engine.messages import EngineReady, InitialStateRef
 from engine.runner.model_runner import TorchModelRunner, load_runner
+from engine.state.initial_states import load_initial_states
 from engine.state.open_store import open_store
 
 
@@ -31,20 +32,24 @@ def run_engine(
         return tokenizer.load(config.tokenizer, config.model_path, vocab_size)
 
     runner = load_runner(config, lambda model: load_tokenizer(model.config.vocab_size).forbidden_ids)
+    initial_states = load_initial_states(config.initial_states, runner.spec) if config.initial_states else {}
     loop = EngineLoop(
         config,
         runner,
         load_tokenizer(runner.vocab_size),
         open_store(config.state_url),
-        describe(config, runner),
+        describe(config, runner, tuple(initial_states)),
         context,
         endpoint,
+        initial_states=initial_states,
     )
     gc.freeze()  # what was loaded stays: collections need not look at it again
     loop.run(stop)
 
 
-def describe(config: EngineConfig, runner: TorchModelRunner) -> EngineReady:
+def describe(
+    config: EngineConfig, runner: TorchModelRunner, initial_states: tuple[InitialStateRef, ...]
+) -> EngineReady:
     """Return what clients are told of the engine."""
     model = runner.model
     return EngineReady(
@@ -59,4 +64,5 @@ def describe(config: EngineConfig, runner: TorchModelRunner) -> EngineReady:
         dtype="int8" if model.is_int8 else str(model.dtype).removeprefix("torch."),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        initial_states=initial_states,
     )

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from kernels import cpu, eager
+from kernels import triton as triton_operators
 
 PYTORCH = "PyTorch"  # the backend that is always there
 
@@ -60,6 +61,8 @@ def select_backend(device: torch.device, num_threads: int | None = None) -> str:
     """
     if device.type == "cpu":
         return cpu.register(num_threads) or PYTORCH
+    if device.type == "cuda":
+        return triton_operators.register() or PYTORCH
     return PYTORCH
 
 

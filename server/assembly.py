@@ -69,10 +69,11 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
         turns = Turns(
             ledger,
             engine,
-            ModelIdentity(settings.model_name, ready.fingerprint, template.name),
+            ModelIdentity(settings.model_name, ready.fingerprint, template.name, ready.initial_states),
             metrics.turns,
             lease_seconds=settings.lease_seconds,
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
+            max_checkpoints=settings.max_checkpoints,
         )
         drain = Drain()
         presence = Presence(ledger)

@@ -271,6 +271,20 @@ ANSWERS: dict[type[Exception], Rule] = {
     open_turn.ModelMismatch: Rule(
         409, CONFLICT, "model_mismatch", "This conversation was held with another model.", "conversation"
     ),
+    engine.InitialStateUnavailable: Rule(
+        409,
+        CONFLICT,
+        "initial_state_mismatch",
+        "This server does not have the initial state that this history began from, or its name has another content.",
+        "initial_state",
+    ),
+    open_turn.InitialStateConflict: Rule(
+        409,
+        CONFLICT,
+        "initial_state_conflict",
+        "The conversation did not begin from this initial state, and what it began from is fixed.",
+        "initial_state",
+    ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
     IdempotencyInProgress: Rule(
         409,

@@ -18,6 +18,7 @@ import msgspec
 from engine.messages import (
     FinishReason,
     GenerationRequest,
+    InitialStateRef,
     SamplingParams,
     SequenceOutput,
     SequenceStarted,
@@ -72,6 +73,7 @@ class Finished(msgspec.Struct, frozen=True):
     receipt: TurnReceipt | None
     num_cached_tokens: int = 0  # of the prompt, not computed: a kept state had consumed them
     num_kept_tokens: int = 0  # of the prompt, computed, and a state that has consumed them is kept
+    stop_logprobs: TokenLogprobs | None = None  # of the stop token that ended it, if asked for
 
 
 ChoiceEvent = Started | Prompted | Delivered | Finished
@@ -104,6 +106,7 @@ class ChoicePlan:
     priority: int = 0
     borders: Sequence[int] = ()  # where others may have been before, or may come: see `GenerationRequest.borders`
     keep_state: bool = False  # of a choice without conversation: its answer may come back as history
+    initial_state: InitialStateRef | None = None  # what a choice outside a conversation begins from
 
 
 class Generation:
@@ -236,7 +239,10 @@ class Generation:
 async def generate_choices(
     services: Services, generation: Generation, tenant: str, plans: Sequence[ChoicePlan]
 ) -> list[Outcome]:
-    """Generate independent choices, all at once, each from the empty history of `tenant`; return them in order."""
+    """Generate independent choices, all at once, each from the empty history of `tenant` and its initial state.
+
+    Return them in order.
+    """
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_generate_choice(services, generation, tenant, plan)) for plan in plans]
@@ -262,7 +268,7 @@ async def generate_alone(services: Services, generation: Generation, tenant: str
         prompt_ids=plan.prompt_ids,
         sampling=plan.sampling,
         stop=plan.stop,
-        source=StateSource(num_tokens=0, chain=root_digest(tenant)),
+        source=_beginning(tenant, plan.initial_state),
         keep_state=shares and plan.keep_state,
         num_prompt_logprobs=plan.num_prompt_logprobs,
         priority=plan.priority,
@@ -271,6 +277,11 @@ async def generate_alone(services: Services, generation: Generation, tenant: str
     choice = _Choice(services, generation, plan)
     finished = await _follow(choice, services.engine.generate(request))
     return choice.outcome(finished)
+
+
+def _beginning(tenant: str, initial_state: InitialStateRef | None) -> StateSource:
+    chain = root_digest(tenant, "" if initial_state is None else initial_state.fingerprint)
+    return StateSource(num_tokens=0, chain=chain, initial_state=initial_state)
 
 
 def borders_of(prompt: RenderedPrompt, ends: Sequence[int], *, is_stateful: bool) -> Sequence[int]:
@@ -405,6 +416,7 @@ class _Choice:
             receipt=None,
             num_cached_tokens=self._num_cached_tokens,
             num_kept_tokens=last.num_kept_tokens,
+            stop_logprobs=last.stop_logprobs,
         )
 
     def outcome(self, finished: Finished) -> Outcome:

@@ -132,19 +132,26 @@ class AnswerIds:
     call: str = field(default_factory=partial(new_id, "call"))
 
 
-def answered(answer: AnswerText, answer_id: str, ids: AnswerIds, *, is_complete: bool = True) -> list[Item]:
+def answered(
+    answer: AnswerText,
+    answer_id: str,
+    ids: AnswerIds,
+    *,
+    logprobs: Sequence[Any] = (),
+    is_complete: bool = True,
+) -> list[Item]:
     """Return what the model thought, if it did, what it said, and its call of a tool, if it made one."""
     items = [thought(answer.reasoning, ids.thought, answer_id)] if answer.reasoning else []
     if answer.content or answer.call_name is None:
-        items.append(_message(answer.content, ids.message, answer_id, is_complete=is_complete))
+        items.append(_message(answer.content, ids.message, answer_id, logprobs, is_complete=is_complete))
     if answer.call_name is not None:
         items.append(called(ids.call, answer.call_name, answer.call_arguments, ids.call_item, answer_id))
     return items
 
 
-def _message(text: str, message_id: str, answer_id: str, *, is_complete: bool) -> Item:
+def _message(text: str, message_id: str, answer_id: str, logprobs: Sequence[Any], *, is_complete: bool) -> Item:
     status = "completed" if is_complete else "incomplete"
-    content: list[TextContent | OutputContent] = [OutputContent(text=text)]
+    content: list[TextContent | OutputContent] = [OutputContent(text=text, logprobs=list(logprobs))]
     message = MessageBody(id=message_id, role="assistant", status=status, content=content)
     return item_of(message, message_id, answer_id)
 
@@ -163,14 +170,16 @@ def parts_of(items: Iterable[Item], answers: Mapping[str, Answer]) -> list[Part]
             continue
         if answer.hint and parts and isinstance(parts[-1], Message):
             parts[-1] = Message(parts[-1].role, parts[-1].content + answer.hint)
-        parts.append(WrittenAnswer(answer.opening, tuple(answer.output_ids)))
+        last = parts[-1] if parts else None
+        follows = isinstance(last, WrittenAnswer) and last.follows and not answer.opening
+        parts.append(WrittenAnswer(answer.opening, tuple(answer.output_ids), follows))
     return parts
 
 
 def _add_part(parts: list[Part], body: dict[str, Any]) -> None:
     match body["type"]:
         case "message" if body["role"] == "unknown":
-            raise TemplateError("input", "text that was continued without a template cannot be said again")
+            parts.append(WrittenAnswer("", text_of(body["content"]), follows=True))
         case "message":
             parts.append(Message(body["role"], text_of(body["content"])))
         case "function_call":

@@ -87,8 +87,13 @@ def problem_of(problem: Mapping[str, Any], begin: int = 0) -> BadRequest:
 
 
 def _param(location: Sequence[int | str]) -> str | None:
-    """Return `messages[0].content` for `("messages", 0, "content")`."""
+    """Return `messages[0].content` for `("messages", 0, "content")`.
+
+    A step in angle brackets says which kind of a thing it was taken for, and is no field.
+    """
     name = ""
     for step in location:
+        if isinstance(step, str) and step.startswith("<"):
+            continue
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
     return name[:MAX_NAME_CHARS] or None

@@ -98,11 +98,18 @@ class Settings(BaseSettings):
     lease_seconds: PositiveFloat = Field(15.0, description="how long a dead server keeps its conversations busy")
     conversation_ttl_seconds: PositiveFloat = Field(30 * DAY_SECONDS, description="unused conversations expire")
     checkpoint_ttl_seconds: PositiveFloat = Field(DAY_SECONDS, description="stored states expire; costs time only")
+    max_checkpoints: PositiveInt = Field(
+        4, description="stored states a conversation keeps: the newest, and thinned out"
+    )
     hot_state_bytes: int = Field(1 << 30, ge=0, description="host memory for states between turns")
     prefix_states: bool = Field(True, description="begin prompts at states that equal beginnings left")
     prefix_min_tokens: PositiveInt = Field(16, description="shortest beginning of a prompt whose state is kept")
     prefix_store_min_tokens: PositiveInt = Field(
         256, description="shortest beginning of a prompt whose state is shared through the state store"
+    )
+
+    initial_states: Path | None = Field(
+        None, description="directory of tuned states that conversations may begin from: NAME.safetensors or NAME.pth"
     )
 
     log_level: Annotated[
@@ -229,6 +236,7 @@ class Settings(BaseSettings):
             hot_state_bytes=self.hot_state_bytes,
             prefix_min_tokens=self.prefix_min_tokens,
             prefix_store_min_tokens=self.prefix_store_min_tokens,
+            initial_states=None if self.initial_states is None else str(self.initial_states),
         )
 
     def printable(self) -> dict[str, str | int | float | bool | None]:

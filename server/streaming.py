@@ -15,8 +15,10 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import Answer, answer, is_our_fault
@@ -33,6 +35,9 @@ PING_SECONDS = 15.0
 SEND_SECONDS = 30.0
 # What is not admitted by then streams anyway: pings keep the connection open while it waits, errors come as events.
 ADMISSION_SECONDS = 10.0
+
+# The package ends every stream at the first sign of SIGTERM; here `server.drain` lets them finish.
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -133,15 +138,23 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
 
 
-class RecordedStream(StreamingResponse):
-    """Frames of a recorded run; whoever leaves does not end it."""
+class RecordedStream(EventSourceResponse):
+    """Frames of a recorded run; whoever leaves does not end it.
 
-    media_type = "text/event-stream"
+    Here many tokens share a frame or are long past, so the package's care for each event costs nothing that matters.
+    """
 
     def __init__(
         self, frames: AsyncIterator[bytes], metrics: HttpMetrics, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        super().__init__(frames, headers={**STREAM_HEADERS, **headers})
+        super().__init__(
+            frames,
+            headers={**STREAM_HEADERS, **headers},
+            ping=PING_SECONDS,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            send_timeout=SEND_SECONDS,
+            sep="\n",
+        )
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

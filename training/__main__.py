@@ -6,15 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-import httpx
 import torch
 
 from engine.tokenizer.hf import FILE_NAME
 from engine.tokenizer.loading import load as load_tokenizer
-from engine.tokenizer.tokenizer import Tokenizer
 from training.config import TrainConfig
-from training.model import Rwkv7
-from training.scoring import Scorer
 
 _RECALL_DISTANCES = (1, 3, 5, 8, 12)
 
@@ -66,15 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("eval", help="measure a model; the last line is one JSON object")
-    command.add_argument("--model", type=Path, required=True, metavar="DIR")
+    command.add_argument(
+        "--model", type=Path, metavar="DIR", help="of the model; with --url only its tokenizer is used"
+    )
+    command.add_argument("--url", help="of a server whose model is measured, over HTTP, instead of one in this process")
+    command.add_argument("--served-model", metavar="NAME", help="the model's name there")
     command.add_argument("--lambada", type=Path, metavar="FILE", help="JSON lines with `text`")
     command.add_argument("--passages", type=int, help="only the first so many")
     command.add_argument("--choices", type=Path, metavar="FILE", help="JSON lines with `context`, `choices`, `answer`")
-    command.add_argument("--url", help="of a server that scores passages and choices instead of this process")
-    command.add_argument("--served-model", default="default", metavar="NAME", help="the model's name there")
-    command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte")
+    command.add_argument("--text", type=Path, metavar="FILE", help="for bits per byte and perplexity")
     command.add_argument("--recall", type=int, metavar="N", help="probes of held-out facts at each distance")
-
+    command.add_argument("--distances", type=int, nargs="+", default=_RECALL_DISTANCES, metavar="TURNS", help="those")
+    command.add_argument(
+        "--answers", type=Path, metavar="FILE", help="write every answer to a probe there, a line each"
+    )
+    command.add_argument("--conversations", metavar="PREFIX", help="of the probes' conversations at --url")
+    halves = command.add_mutually_exclusive_group()
+    halves.add_argument("--tell", action="store_true", help="tell the facts at --url, ask for nothing yet")
+    halves.add_argument("--ask", action="store_true", help="ask for what was told under --conversations before")
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="a run's, for bits per byte of its held-out documents"
     )
@@ -134,57 +139,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from training.benchmarks import lambada, multiple_choice, read_passages, read_questions, read_text, score_text
-    from training.evaluate import recall
-    from training.export import load_model
+    from training.report import report
 
-    model = load_model(options.model)
-    tokenizer = load_tokenizer("auto", options.model, model.shape.vocab_size)
-    scorer = _scorer(model, options)
-    results: dict[str, float] = {}
-    if options.lambada:
-        passages = read_passages(options.lambada)[: options.passages]
-        for protocol, prefixed in (("end_of_text_first", True), ("plain", False)):
-            score = lambada(scorer, tokenizer, passages, prefix_end_of_text=prefixed)
-            results[f"lambada/{protocol}/accuracy"] = score.accuracy
-            results[f"lambada/{protocol}/perplexity"] = score.perplexity
-    if options.choices:
-        choices = multiple_choice(scorer, tokenizer, read_questions(options.choices))
-        results[f"choices/{options.choices.name}/accuracy"] = choices.accuracy
-        results[f"choices/{options.choices.name}/accuracy_per_byte"] = choices.accuracy_per_byte
-    if options.text:
-        results[f"bits_per_byte/{options.text.name}"] = score_text(
-            model, tokenizer, read_text(options.text)
-        ).bits_per_byte
-    if options.config:
-        results |= _held_out(model, tokenizer, options)
-    for distance in _RECALL_DISTANCES if options.recall else ():
-        results[f"recall/{distance}"], _ = recall(model, tokenizer, distance, options.recall)
-        known, _ = recall(model, tokenizer, distance, options.recall, half="training")
-        results[f"recall_of_known_values/{distance}"] = known
+    results = report(options)
     for name, value in results.items():
         print(f"{name:45} {value:.4f}")
     print(json.dumps(results))
-
-
-def _scorer(model: Rwkv7, options: argparse.Namespace) -> Scorer:
-    from training.scoring import HttpScorer, LocalScorer
-
-    if not options.url:
-        return LocalScorer(model)
-    return HttpScorer(httpx.Client(base_url=options.url, timeout=300.0), options.served_model)
-
-
-def _held_out(model: Rwkv7, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
-    from training.evaluate import score_rows
-    from training.train import prepare_data
-
-    token_bytes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
-    dataset = prepare_data(TrainConfig.load(options.config), options.run, options.data)
-    return {
-        f"held_out/{name}/bits_per_byte": score_rows(model, rows, options.rows, token_bytes).bits_per_byte
-        for name, rows in dataset.held_out.items()
-    }
 
 
 def _generate(options: argparse.Namespace) -> None:

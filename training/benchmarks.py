@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import torch
-from torch.nn.functional import log_softmax
 
-from engine.tokenizer.tokenizer import Tokenizer
 from training.data import END_OF_TEXT_ID
 from training.evaluate import Score
-from training.model import Rwkv7, TrainingState
-from training.scoring import Example, Scorer
-
-_WINDOW_TOKENS = 512
+from training.scoring import Encoder, Example, Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +46,7 @@ class ChoiceScore:
     accuracy_per_byte: float
 
 
-def lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str], *, prefix_end_of_text: bool) -> LambadaScore:
+def lambada(scorer: Scorer, tokenizer: Encoder, passages: Sequence[str], *, prefix_end_of_text: bool) -> LambadaScore:
     """Score passages whose last word, with the space before it, is to be foretold."""
     prefix = [END_OF_TEXT_ID] if prefix_end_of_text else []
     pairs = [passage.rsplit(" ", 1) for passage in passages]
@@ -63,7 +57,7 @@ def lambada(scorer: Scorer, tokenizer: Tokenizer, passages: Sequence[str], *, pr
     return LambadaScore(len(found), accuracy, math.exp(-log_probability))
 
 
-def multiple_choice(scorer: Scorer, tokenizer: Tokenizer, questions: Sequence[Question]) -> ChoiceScore:
+def multiple_choice(scorer: Scorer, tokenizer: Encoder, questions: Sequence[Question]) -> ChoiceScore:
     """Score questions by which of their choices is likeliest, as it is and for each of its bytes."""
     examples = [
         Example([END_OF_TEXT_ID, *tokenizer.encode(question.context)], tokenizer.encode(choice))
@@ -80,19 +74,10 @@ def multiple_choice(scorer: Scorer, tokenizer: Tokenizer, questions: Sequence[Qu
     return ChoiceScore(len(questions), right / len(questions), right_per_byte / len(questions))
 
 
-@torch.no_grad()
-def score_text(model: Rwkv7, tokenizer: Tokenizer, text: str) -> Score:
+def score_text(scorer: Scorer, tokenizer: Encoder, text: str) -> Score:
     """Score a text from its first token to its last, the state carried through all of it."""
-    model.eval()
-    ids = torch.tensor([[END_OF_TEXT_ID, *tokenizer.encode(text)]], device=model.emb.weight.device)
-    state: TrainingState | None = None
-    nats = 0.0
-    for begin in range(0, ids.shape[1] - 1, _WINDOW_TOKENS):
-        end = min(begin + _WINDOW_TOKENS, ids.shape[1] - 1)
-        x, state = model(ids[:, begin:end], state)
-        log_probabilities = log_softmax(model.logits(x[0]).float(), dim=-1)
-        nats -= float(log_probabilities.gather(1, ids[0, begin + 1 : end + 1].unsqueeze(1)).sum())
-    return Score(nats, ids.shape[1] - 1, len(text.encode()))
+    ids = [END_OF_TEXT_ID, *tokenizer.encode(text)]
+    return Score(-scorer.log_probability(ids), len(ids) - 1, len(text.encode()))
 
 
 def read_passages(path: Path) -> list[str]:

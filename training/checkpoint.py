@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.adapters import load_trained_weights, trained_weights
+from training.adapters import load_trained_weights
 from training.config import TrainConfig
 from training.model import TrainingState
 
@@ -69,22 +69,25 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype |
 
 def save_checkpoint(
     run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Any],
     scaler: torch.amp.GradScaler | None,
     progress: Progress,
     carried: TrainingState | None,
     config: TrainConfig,
     keep: int,
 ) -> Path:
-    """Write `RUN/step-N` and remove all but the newest `keep`. Returns its path."""
+    """Write `RUN/step-N` and remove all but the newest `keep`. Returns its path.
+
+    `weights` are those that are trained, `optimizer_state` is its `state_dict`; both whole.
+    """
     path = run_dir / f"step-{progress.step:08d}"
     partial = run_dir / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_weights(trained_weights(model), partial / _MODEL)
-    state = optimizer.state_dict()
-    tensors = {f"{index}.{key}": value for index, slots in state["state"].items() for key, value in slots.items()}
+    save_weights(weights, partial / _MODEL)
+    slots_of = optimizer_state["state"].items()
+    tensors = {f"{index}.{key}": value for index, slots in slots_of for key, value in slots.items()}
     tensors["torch_random"] = torch.get_rng_state()
     if carried is not None:
         tensors |= {"carried_wkv": carried.wkv, "carried_shift": carried.shift}
@@ -95,7 +98,7 @@ def save_checkpoint(
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     facts = TrainerFacts(
         progress=progress,
-        optimizer_groups=state["param_groups"],
+        optimizer_groups=optimizer_state["param_groups"],
         scaler=scaler.state_dict() if scaler is not None and scaler.is_enabled() else None,
         python_random=(version, list(internal), gauss),
         numpy_random=(str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(cached)),

@@ -76,6 +76,7 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     device: str = "cpu"
     precision: Precision = "float32"
     accumulate: int = 1  # micro-batches a step
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # among processes: copies of the model, or shares of it
     num_threads: int = 0
     compile: bool = False
     recompute: bool = False

@@ -17,21 +17,23 @@ def draw_curves(log: Path, image: Path) -> None:
     training = [record for record in records if "loss" in record]
     evaluations = [record for record in records if "eval/loss" in record]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    loss, bits, recall = figure.subplots(1, 3)
+    names = sorted({key for record in evaluations for key in record if key.startswith(("eval/", "recall/"))})
+    has_recall = any(name.startswith("recall/") for name in names)
+    loss, bits, *recalls = figure.subplots(1, 3 if has_recall else 2)
     loss.plot(_tokens(training), [record["loss"] for record in training], alpha=0.25, linewidth=0.8)
     loss.plot(_tokens(training), _running_mean([record["loss"] for record in training]), label="training")
     loss.set(title="loss, nats a token", ylim=(0, 5))
-    names = sorted({key for record in evaluations for key in record if key.startswith(("eval/", "recall/"))})
     for name in names:
         values = [record.get(name) for record in evaluations]
         if name.endswith("/bits_per_byte"):
             bits.plot(_tokens(evaluations), values, label=name.split("/")[1])
         elif name.startswith("recall/"):
             turns = name.split("/")[1]
-            recall.plot(_tokens(evaluations), values, label=f"{turns} turn{'s' * (turns != '1')} later")
+            recalls[0].plot(_tokens(evaluations), values, label=f"{turns} turn{'s' * (turns != '1')} later")
     bits.set(title="held-out bits a byte", ylim=(0, 3))
-    recall.set(title="held-out facts recalled", ylim=(-0.02, 1.02))
-    for axes in (loss, bits, recall):
+    for axes in recalls:
+        axes.set(title="held-out facts recalled", ylim=(-0.02, 1.02))
+    for axes in (loss, bits, *recalls):
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from engine.tokenizer.tokenizer import Tokenizer
 from training.data import Batch, Rows
-from training.dialogues import recall_probe
+from training.dialogues import RecallProbe, recall_probe
 from training.documents import BORDER, chat
 from training.facts import Half
 from training.generate import generate_greedy
@@ -34,6 +34,11 @@ class Score:
     def loss(self) -> float:
         """Nats a token; NaN of nothing."""
         return self.nats / self.weight if self.weight else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; it depends on how the tokenizer cuts."""
+        return math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -78,12 +83,22 @@ def recall(
 
     The facts are of values that no training dialogue tells, or of those that some do, in dialogues never seen.
     """
-    probes = [recall_probe(distance, seed, index, half) for index in range(num_probes)]
+    probes = recall_probes(distance, num_probes, half, seed)
     prompts = [encode_prompt(tokenizer, probe.messages) for probe in probes]
     stops = [0, tokenizer.encode(BORDER)[0]]
     answers = [tokenizer.decode(ids) for ids in generate_greedy(model, prompts, _ANSWER_TOKENS, stops)]
     pairs = [(probe.expected, answer) for probe, answer in zip(probes, answers, strict=True)]
-    return sum(names(answer, expected) for expected, answer in pairs) / num_probes, pairs
+    return share_recalled(pairs), pairs
+
+
+def recall_probes(distance: int, num_probes: int, half: Half, seed: int = 0) -> list[RecallProbe]:
+    """The dialogues whose last message asks for a fact told `distance` turns before."""
+    return [recall_probe(distance, seed, index, half) for index in range(num_probes)]
+
+
+def share_recalled(pairs: Sequence[tuple[str, str]]) -> float:
+    """The share of (expected, answer) whose answer names what is expected."""
+    return sum(names(answer, expected) for expected, answer in pairs) / len(pairs)
 
 
 def names(answer: str, expected: str) -> bool:

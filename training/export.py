@@ -38,11 +38,19 @@ def export(run_dir: Path, directory: Path, *, dtype: torch.dtype = torch.bfloat1
         merge(model)
         weights = model.state_dict()
     save_weights(weights, directory / _MODEL, dtype)
-    shutil.copyfile(run_dir / _TOKENIZER, directory / _TOKENIZER)
+    _copy_tokenizer(run_dir, directory, saved_config(saved[-1]).data.tokenizer)
     notes = directory / "sostenuto.json"
     if not notes.exists():
         notes.write_text('{"chat_template": "world"}\n')
     return directory / _MODEL
+
+
+def _copy_tokenizer(run_dir: Path, directory: Path, tokenizer: str) -> None:
+    """Put the run's vocabulary beside the weights; bytes and World have no file, and are known by their sizes."""
+    if tokenizer in ("bytes", "world"):
+        return
+    source = run_dir if tokenizer == "auto" else Path(tokenizer)
+    shutil.copyfile(source / _TOKENIZER if source.is_dir() else source, directory / _TOKENIZER)
 
 
 def load_model(path: Path) -> Rwkv7:

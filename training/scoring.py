@@ -1,20 +1,19 @@
-"""Log-probabilities of continuations, computed here or asked of a server: the numbers are the same."""
+"""Log-probabilities of continuations and texts by a model in this process; `training.served` asks a server for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
-import httpx
 import torch
 from torch.nn.functional import log_softmax
 
 from training.data import END_OF_TEXT_ID
-from training.model import Rwkv7
+from training.model import Rwkv7, TrainingState
 
 _EXAMPLES_AT_ONCE = 16
+_WINDOW_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,21 @@ class Likelihood:
     is_greedy: bool
 
 
+class Encoder(Protocol):
+    """Cuts texts into tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; what looks like a special token in it is text like any other."""
+
+
 class Scorer(Protocol):
-    """Scores examples, in their order."""
+    """Scores examples, in their order, and whole texts."""
 
     def score(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Return the likelihood of each continuation after its context."""
+
+    def log_probability(self, ids: Sequence[int]) -> float:
+        """Return that of all `ids` after the first, in nats, the state carried from one end to the other."""
 
 
 class LocalScorer:
@@ -48,7 +57,7 @@ class LocalScorer:
 
     def score(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Return the likelihood of each continuation after its context."""
-        order = sorted(range(len(examples)), key=lambda index: _size(examples[index]))
+        order = sorted(range(len(examples)), key=lambda index: size_of(examples[index]))
         found: dict[int, Likelihood] = {}
         for begin in range(0, len(order), _EXAMPLES_AT_ONCE):
             indices = order[begin : begin + _EXAMPLES_AT_ONCE]
@@ -56,11 +65,24 @@ class LocalScorer:
         return [found[index] for index in range(len(examples))]
 
     @torch.no_grad()
+    def log_probability(self, ids: Sequence[int]) -> float:
+        """Return that of all `ids` after the first, window after window."""
+        tokens = torch.tensor([ids], device=self._model.emb.weight.device)
+        state: TrainingState | None = None
+        total = 0.0
+        for begin in range(0, len(ids) - 1, _WINDOW_TOKENS):
+            end = min(begin + _WINDOW_TOKENS, len(ids) - 1)
+            x, state = self._model(tokens[:, begin:end], state)
+            log_probabilities = log_softmax(self._model.logits(x[0]).float(), dim=-1)
+            total += float(log_probabilities.gather(1, tokens[0, begin + 1 : end + 1].unsqueeze(1)).sum())
+        return total
+
+    @torch.no_grad()
     def _score(self, examples: Sequence[Example]) -> list[Likelihood]:
         """Score some together, filled up on the right, where nothing sees the filling."""
-        ids = torch.full((len(examples), max(map(_size, examples)) - 1), END_OF_TEXT_ID)
+        ids = torch.full((len(examples), max(map(size_of, examples)) - 1), END_OF_TEXT_ID)
         for row, example in enumerate(examples):
-            ids[row, : _size(example) - 1] = torch.tensor((example.context + example.continuation)[:-1])
+            ids[row, : size_of(example) - 1] = torch.tensor((example.context + example.continuation)[:-1])
         x, _ = self._model(ids.to(self._model.emb.weight.device))
         likelihoods = []
         for row, example in enumerate(examples):
@@ -72,37 +94,6 @@ class LocalScorer:
         return likelihoods
 
 
-class HttpScorer:
-    """Asks a server's `/v1/completions` to echo log-probabilities, as lm-evaluation-harness does."""
-
-    def __init__(self, client: httpx.Client, model: str) -> None:
-        self._client, self._model = client, model
-
-    def score(self, examples: Sequence[Example]) -> list[Likelihood]:
-        """Return the likelihood of each continuation after its context. Raises `httpx.HTTPStatusError`."""
-        likelihoods: list[Likelihood] = []
-        remaining = iter(examples)
-        while some := list(islice(remaining, _EXAMPLES_AT_ONCE)):
-            body = {
-                "model": self._model,
-                "prompt": [example.context + example.continuation for example in some],
-                "max_tokens": 1,
-                "temperature": 0,
-                "logprobs": 1,
-                "echo": True,
-            }
-            response = self._client.post("/v1/completions", json=body).raise_for_status()
-            choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
-            likelihoods += [_read(choice["logprobs"], example) for choice, example in zip(choices, some, strict=True)]
-        return likelihoods
-
-
-def _read(logprobs: dict[str, Any], example: Example) -> Likelihood:
-    span = slice(len(example.context), _size(example))
-    own, best = logprobs["token_logprobs"][span], logprobs["top_logprobs"][span]
-    is_greedy = all(value == max(top.values()) for value, top in zip(own, best, strict=True))
-    return Likelihood(sum(own), is_greedy)
-
-
-def _size(example: Example) -> int:
+def size_of(example: Example) -> int:
+    """Number of tokens of context and continuation."""
     return len(example.context) + len(example.continuation)

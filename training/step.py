@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,7 @@ from training.config import RunSection, TrainConfig
 from training.data import Batch
 from training.model import Rwkv7, TrainingState
 from training.processes import ALONE, Processes
+from training.sharding import whole
 
 
 class LanguageModelLoss(nn.Module):
@@ -77,7 +79,10 @@ def take_step(
     after = []
     for index, (rows, state) in enumerate(zip(micro_batches, states, strict=True)):
         with contextlib.ExitStack() as stack:
-            if index + 1 < len(micro_batches) and isinstance(objective, DistributedDataParallel):
+            is_last = index + 1 == len(micro_batches)
+            if isinstance(objective, FSDPModule):
+                objective.set_requires_gradient_sync(is_last)
+            elif isinstance(objective, DistributedDataParallel) and not is_last:
                 stack.enter_context(objective.no_sync())
             with _autocast(config.run):
                 descent, part, state = objective(rows.to(torch.device(config.run.device)), total_weight, state)
@@ -89,7 +94,7 @@ def take_step(
         distributed.all_reduce(loss)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+    norm = whole(nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips by itself
         scaler.update()

@@ -26,6 +26,7 @@ from training.model import Rwkv7, TrainingState
 from training.optimizer import make_optimizer, set_learning_rate
 from training.processes import Processes, StopFlag
 from training.schedule import learning_rate
+from training.sharding import shard, unsharded, whole_state
 from training.step import LanguageModelLoss, take_step
 
 _RECALL_DISTANCES = (1, 3, 8)
@@ -91,6 +92,8 @@ def train(config: TrainConfig, run_dir: Path, data_dir: Path, *, max_minutes: fl
     processes = Processes.join(run.device)
     if config.data.carry_state and processes.count > 1:
         raise ValueError("data.carry_state needs a single process: a checkpoint holds the states of one")
+    if run.parallel == "fsdp" and config.tune.method != "full":
+        raise ValueError("run.parallel = fsdp shares out whole models: tune.method must be full; use ddp")
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     torch.manual_seed(run.seed)
@@ -109,13 +112,29 @@ def train(config: TrainConfig, run_dir: Path, data_dir: Path, *, max_minutes: fl
     if run.compile:
         model.compile_blocks()
     objective: nn.Module = LanguageModelLoss(model, settings.logit_penalty)
-    if processes.count > 1:
+    if processes.count > 1 and run.parallel == "fsdp":
+        shard(objective, model.blocks, optimizer, run.device)
+    elif processes.count > 1:
         objective = DistributedDataParallel(objective)
     sinks = open_sinks(run_dir, wandb=run.wandb) if processes.is_first else []
 
     def save() -> None:
-        if processes.is_first:
-            save_checkpoint(run_dir, model, optimizer, scaler, progress, carried, config, run.keep_checkpoints)
+        state = whole_state(optimizer)
+        with unsharded(objective):
+            if processes.is_first:
+                weights = trained_weights(model)
+                save_checkpoint(run_dir, weights, state, scaler, progress, carried, config, run.keep_checkpoints)
+
+    def look() -> None:
+        with unsharded(objective):
+            if not processes.is_first:
+                return
+            values = evaluate(model, tokenizer, dataset.held_out, token_bytes, run.eval_rows, run.num_probes)
+            _write(sinks, progress, values)
+            bar.write(f"{progress.step:6d} " + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
+            if progress.best_loss is None or values["eval/loss"] < progress.best_loss:
+                progress.best_loss = values["eval/loss"]
+                save_weights(trained_weights(model), run_dir / "best.safetensors")
 
     bar = tqdm(total=run.num_steps, initial=progress.step, disable=not processes.is_first, mininterval=5.0)
     with StopFlag(processes, started, max_minutes) as stop, bar:
@@ -134,13 +153,8 @@ def train(config: TrainConfig, run_dir: Path, data_dir: Path, *, max_minutes: fl
                 bar.set_postfix_str(f"loss {result.loss:.3f} {speed:.0f} tok/s", refresh=False)
                 values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": rate, "tokens_per_second": speed}
                 _write(sinks, progress, values)
-            if processes.is_first and (progress.step % run.eval_every == 0 or progress.step == run.num_steps):
-                values = evaluate(model, tokenizer, dataset.held_out, token_bytes, run.eval_rows, run.num_probes)
-                _write(sinks, progress, values)
-                bar.write(f"{progress.step:6d} " + " ".join(f"{name} {value:.3f}" for name, value in values.items()))
-                if progress.best_loss is None or values["eval/loss"] < progress.best_loss:
-                    progress.best_loss = values["eval/loss"]
-                    save_weights(trained_weights(model), run_dir / "best.safetensors")
+            if progress.step % run.eval_every == 0 or progress.step == run.num_steps:
+                look()
             if progress.step % run.checkpoint_every == 0:
                 save()
             last = time.monotonic()

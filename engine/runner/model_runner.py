@@ -33,11 +33,11 @@ LOGITS_TILE_BYTES = 16 << 20
 # machine whose other cores serve the API, wait for each other (measured: twice the step time for 7 M parameters).
 SMALL_FILE_BYTES = 32 << 20
 
-_BROKEN = "the row became NaN or infinite"
+BROKEN = "the row became NaN or infinite"
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """A chunk and what was found out about it before the model runs."""
 
     chunk: Chunk  # what is run of it; it samples only what may be sampled
@@ -73,7 +73,16 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     elif config.num_threads:
         torch.set_num_threads(config.num_threads)
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
-    return TorchModelRunner(model, 2 * config.max_num_seqs + 1, forbidden_ids(model))
+    num_slots = 2 * config.max_num_seqs + 1
+    if device.type == "cuda" and backend != kernels.PYTORCH:
+        from engine.runner.cuda_graphs import can_record
+        from engine.runner.graph_runner import GraphModelRunner
+
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton launches on the thread's current one
+        if can_record(model.config):
+            return GraphModelRunner(model, num_slots, forbidden_ids(model))
+    return TorchModelRunner(model, num_slots, forbidden_ids(model))
 
 
 class TorchModelRunner:
@@ -133,19 +142,19 @@ class TorchModelRunner:
         if not all(chunk.token_ids for chunk in plan.chunks):
             raise ValueError("a chunk without tokens has no last row")
 
-    def _row(self, chunk: Chunk) -> _Row:
+    def _row(self, chunk: Chunk) -> Row:
         """Ask the chunk's grammar what it may sample, and whether it can be run at all."""
         if (problem := self._problem(chunk)) is not None:
-            return _Row(chunk, ChunkOutput(failed=problem))
+            return Row(chunk, ChunkOutput(failed=problem))
         if chunk.matcher is None or chunk.sampling is None:
-            return _Row(chunk)
+            return Row(chunk)
         try:
             allowed = chunk.matcher.allowed(chunk.stop_token_ids, may_stop=chunk.may_stop)
         except InvalidRequest as error:
-            return _Row(chunk, ChunkOutput(grammar_error=str(error)))
+            return Row(chunk, ChunkOutput(grammar_error=str(error)))
         if allowed is None:
-            return _Row(replace(chunk, sampling=None), is_complete=True)
-        return _Row(chunk, allowed=allowed)
+            return Row(replace(chunk, sampling=None), is_complete=True)
+        return Row(chunk, allowed=allowed)
 
     def _problem(self, chunk: Chunk) -> str | None:
         """Say why the chunk cannot be run, if it cannot."""
@@ -154,7 +163,7 @@ class TorchModelRunner:
         bad = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         return None if bad is None else f"token id {bad} is not in [0, {self.vocab_size})"
 
-    def _run(self, rows: Sequence[_Row]) -> list[ChunkOutput]:
+    def _run(self, rows: Sequence[Row]) -> list[ChunkOutput]:
         chunks = [row.chunk for row in rows]
         batch = InputBatch.from_chunks(chunks, self.model.device)
         hidden = self.model.forward(batch, self.pool)
@@ -168,7 +177,7 @@ class TorchModelRunner:
         for i, row in enumerate(rows):
             token_id, logprobs = sampled.get(i, (None, None))
             output = ChunkOutput(token_id, logprobs, prompt_logprobs[i], is_complete=row.is_complete)
-            outputs.append(_followed(row.chunk, output) if is_sound[i] else ChunkOutput(failed=_BROKEN))
+            outputs.append(_followed(row.chunk, output) if is_sound[i] else ChunkOutput(failed=BROKEN))
         return outputs
 
     def _is_sound(self, last: torch.Tensor, chunks: Sequence[Chunk], sampled: Collection[int]) -> list[bool]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 from engine.config import EngineConfig
@@ -25,6 +25,7 @@ from engine.errors import (
     CheckpointRejected,
     EngineDraining,
     EngineError,
+    InitialStateUnavailable,
     InvalidRequest,
     QueueFull,
 )
@@ -33,6 +34,7 @@ from engine.messages import (
     FinishReason,
     GenerationRequest,
     Grammar,
+    InitialStateRef,
     ResumeKind,
     SequenceFailed,
     SequenceOutput,
@@ -74,6 +76,7 @@ class Scheduler:
         fetch: Callable[[CheckpointRef], Future[RecurrentState]],
         compile_grammar: Callable[[Grammar], Future[GrammarMatcher]],
         clock: Callable[[], float] = time.monotonic,
+        initial_states: Mapping[InitialStateRef, RecurrentState] = {},
     ) -> None:
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ValueError(
@@ -91,6 +94,7 @@ class Scheduler:
         self._fetch = fetch
         self._compile_grammar = compile_grammar
         self._clock = clock
+        self._initial_states = initial_states
         self._slots = Slots(runner.num_slots - 1)  # the last one is the runner's, for padding
         self._by_key: dict[SequenceKey, Sequence] = {}  # what clients may still hear of
         self._waiting: dict[SequenceKey, Sequence] = {}  # in order of arrival
@@ -189,6 +193,9 @@ class Scheduler:
         if (client, request.request_id) in self._by_key:
             raise InvalidRequest("request_id", "request_id names a sequence that has not ended")
         validate(request, self._runner.vocab_size, self._config.max_logprobs)
+        initial_state = request.source.initial_state
+        if initial_state is not None and initial_state not in self._initial_states:
+            raise InitialStateUnavailable("the initial state is not here, or its name has another content now")
         if self.num_waiting >= self._num_free_seats + self._config.max_num_queued_reqs:
             raise QueueFull(f"{self.num_waiting} sequences wait already")
 
@@ -413,10 +420,13 @@ class Scheduler:
 
     def _place(self, sequence: Sequence, origin: Origin) -> None:
         assert sequence.slot is not None
-        if origin.state is None:
-            self._runner.start(sequence.slot)
-        else:
+        initial_state = sequence.request.source.initial_state
+        if origin.state is not None:
             self._runner.load(sequence.slot, origin.state, sequence.request.prompt_ids[: origin.num_cached])
+        elif initial_state is not None:
+            self._runner.load(sequence.slot, self._initial_states[initial_state])
+        else:
+            self._runner.start(sequence.slot)
         if sequence.request.counted_ids:
             self._runner.count(sequence.slot, sequence.request.counted_ids, sequence.request.sampling)
 
@@ -517,6 +527,11 @@ class Scheduler:
 
 
 def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:
-    codes = {QueueFull: "queue_full", EngineDraining: "draining", InvalidRequest: "invalid_request"}
+    codes = {
+        QueueFull: "queue_full",
+        EngineDraining: "draining",
+        InvalidRequest: "invalid_request",
+        InitialStateUnavailable: "initial_state_unavailable",
+    }
     field = refusal.field if isinstance(refusal, InvalidRequest) else None
     return SequenceFailed(request_id=request.request_id, code=codes[type(refusal)], message=str(refusal), field=field)

@@ -15,6 +15,8 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from engine.messages import FinishReason, GenerationRequest, ResumeKind, SequenceOutput, TokenLogprobs
 from engine.runner.grammars import GrammarMatcher
 from engine.runner.plan import Chunk, ChunkOutput
@@ -56,7 +58,7 @@ class Origin:
     """What the tape begins from."""
 
     kind: ResumeKind
-    state: RecurrentState | None = None  # None: the zero state
+    state: RecurrentState | None = None  # None: what the history begins from
     replay_ids: SequenceOf[int] = ()  # from there to the state the request names
     num_cached: int = 0  # prompt tokens that the state has consumed already
 
@@ -231,7 +233,8 @@ class Sequence:
         self.num_sampled += 1
         may_stop = self.num_sampled > self.request.stop.min_tokens
         if may_stop and token.token_id in self.request.stop.stop_token_ids:
-            return self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
+            output = self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
+            return msgspec.structs.replace(output, stop_logprobs=token.logprobs)
         self.tape.append(token.token_id)
         released, match = self._gate.push(token) if may_stop else ([token], None)
         if match is not None:

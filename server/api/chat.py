@@ -34,6 +34,7 @@ from server.api.requests import (
     check_num_logprobs,
     conversation_of,
     expected_version,
+    initial_state_of,
     limited,
     with_choice,
     with_reply,
@@ -112,7 +113,7 @@ async def create_chat_completion(
     check_model(body.model, services)
     version = expected_version(request, body)
     planner = Planner(services, body)
-    selector = conversation_of(body, tenant_of(request))
+    selector = conversation_of(body, services, tenant_of(request))
     key = await key_of(request, "" if selector is None else selector.conversation_id)
     attempt = await services.claims.attempt(key, new_reply_id("chatcmpl"))
     if isinstance(attempt, Kept):
@@ -220,6 +221,7 @@ class Planner:
         )
         num_logprobs = check_num_logprobs("top_logprobs", body.num_logprobs, services)
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
+        self._initial_state = initial_state_of(body.initial_state, services)
 
     @cached_property
     def inputs(self) -> list[Item]:
@@ -299,6 +301,7 @@ class Planner:
                 priority=self._body.priority,
                 borders=borders_of(prompt, ends, is_stateful=self._body.is_stateful),
                 keep_state=True,
+                initial_state=self._initial_state,
             )
             for index in range(self._body.n)
         ]

@@ -21,6 +21,7 @@ from server.api.requests import (
     check_num_logprobs,
     conversation_of,
     expected_version,
+    initial_state_of,
     limited,
     with_choice,
     with_reply,
@@ -70,7 +71,7 @@ async def create_completion(
     version = expected_version(request, body)
     planner = Planner(services, body)
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
-    selector = conversation_of(body, tenant_of(request))
+    selector = conversation_of(body, services, tenant_of(request))
     key = await key_of(request, "" if selector is None else selector.conversation_id)
     attempt = await services.claims.attempt(key, new_reply_id("cmpl"))
     if isinstance(attempt, Kept):
@@ -110,6 +111,7 @@ class Planner:
         max_tokens = limited("max_tokens", body.max_tokens, DEFAULT_MAX_TOKENS, services.settings.max_output_tokens)
         self._sampling = body.sampling(tokenizer.vocab_size, num_logprobs)
         self._stop = body.stop_rules(max_tokens, tokenizer.vocab_size, tokenizer.eos_token_ids)
+        self._initial_state = initial_state_of(body.initial_state, services)
 
     async def token_ids(self, prompt: Prompt) -> list[int]:
         """Return the prompt's tokens; raises `BadRequest` for ids that are none."""
@@ -130,6 +132,7 @@ class Planner:
                 stop=self._stop,
                 num_prompt_logprobs=self._body.logprobs if self._body.echo else None,
                 priority=self._body.priority,
+                initial_state=self._initial_state,
             )
             for prompt_idx, prompt_ids in enumerate(prompts)
             for choice_idx in range(self._body.num_candidates)
@@ -213,9 +216,7 @@ class CompletionWriter:
             if event.text or event.logprobs or self._body.return_token_ids:
                 yield self._delivered(event)
         elif isinstance(event, Finished):
-            yield CompletionChoice(
-                index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
-            )
+            yield self._finished(event)
 
     def _prompted(self, event: Prompted) -> CompletionChoice:
         prompt = self._body.prompts[event.index // self._body.num_candidates]
@@ -234,6 +235,16 @@ class CompletionWriter:
             part.token_ids = event.token_ids
         if event.logprobs is not None and self._body.logprobs is not None:
             part.logprobs = self._logprobs[event.index].write(event.token_ids, event.logprobs)
+        return part
+
+    def _finished(self, event: Finished) -> CompletionChoice:
+        part = CompletionChoice(
+            index=event.index, text="", finish_reason=finish_reason(event), stop_reason=stop_reason(event)
+        )
+        # Harnesses that score echoed prompts drop the last entry as the generated token's: it must be there even if
+        # that token was the end of the text, which is no output.
+        if self._body.echo and event.stop_logprobs is not None and isinstance(event.stop_reason, int):
+            part.logprobs = self._logprobs[event.index].write([event.stop_reason], [event.stop_logprobs])
         return part
 
     def _chunk_of(self, part: CompletionChoice) -> Completion:

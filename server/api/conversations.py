@@ -11,7 +11,7 @@ from fastapi import Depends, Path, Query, Request, Response
 
 from server.api.operations import IF_MATCH, Router
 from server.api.replies import page_of
-from server.api.requests import version_in_header
+from server.api.requests import initial_state_of, version_in_header
 from server.conversations import edits
 from server.conversations.history import name_of, scoped
 from server.conversations.ledger import Conversation, ConversationNotFound, Item
@@ -74,7 +74,9 @@ async def create_conversation(
     """Begin a conversation, without turns; what `items` say its first turn will read."""
     conversation_id = scoped(tenant_of(request), body.id or f"conv_{uuid.uuid4().hex}")
     items = [item.item() for item in body.items]
-    return _described(await services.turns.create(conversation_id, body.metadata, items=items))
+    initial_state = initial_state_of(body.initial_state, services)
+    head = await services.turns.create(conversation_id, body.metadata, items=items, initial_state=initial_state)
+    return _described(head)
 
 
 @router.operation("GET", "/v1/conversations/{conversation_id}", reply=ConversationReply, errors=[404, 410])

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what is being served."""
+"""`GET /v1/models`, `GET /v1/initial_states`: what is being served, and what its histories may begin from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import Response
 
 from server.api.operations import Router
 from server.errors import UnknownModel
-from server.schemas.models import ModelCard, ModelList
+from server.schemas.models import InitialStateCard, InitialStateList, ModelCard, ModelList
 from server.services import ServedModel, ServicesOf
 from server.streaming import json_response
 
@@ -26,6 +26,13 @@ async def retrieve_model(model_id: str, services: ServicesOf) -> Response:
     if model_id != services.model.name:
         raise UnknownModel
     return json_response(_card(services.model))
+
+
+@router.operation("GET", "/v1/initial_states", reply=InitialStateList)
+async def list_initial_states(services: ServicesOf) -> Response:
+    """List the tuned states that `initial_state` may name."""
+    refs = services.model.engine.initial_states
+    return json_response(InitialStateList(data=[InitialStateCard(id=r.name, fingerprint=r.fingerprint) for r in refs]))
 
 
 def _card(model: ServedModel) -> ModelCard:

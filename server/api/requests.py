@@ -11,7 +11,7 @@ import msgspec
 from fastapi import Request
 
 from engine.errors import InvalidRequest
-from engine.messages import Grammar, SamplingParams
+from engine.messages import Grammar, InitialStateRef, SamplingParams
 from server.conversations.history import scoped
 from server.conversations.open_turn import TurnContent
 from server.conversations.turns import ConversationSelector
@@ -43,12 +43,26 @@ def check_model(name: str | None, services: Services) -> None:
         raise UnknownModel
 
 
-def conversation_of(body: GenerationFields, tenant: str) -> ConversationSelector | None:
+def initial_state_of(name: str | None, services: Services) -> InitialStateRef | None:
+    """Return the tuned state of that name; raises `BadRequest`, which lists what there is."""
+    if name is None:
+        return None
+    known = {ref.name: ref for ref in services.model.engine.initial_states}
+    if name not in known:
+        there_is = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise BadRequest(f"initial_state: this server has no such state; {there_is}.", "initial_state")
+    return known[name]
+
+
+def conversation_of(body: GenerationFields, services: Services, tenant: str) -> ConversationSelector | None:
     """Return which conversation the request continues: OpenAI's field wants it to exist, ours creates it."""
+    initial_state = initial_state_of(body.initial_state, services)
     if body.conversation is not None:
-        return ConversationSelector(scoped(tenant, body.conversation.id), create=False)
+        name = scoped(tenant, body.conversation.id)
+        return ConversationSelector(name, create=False, initial_state=initial_state)
     if body.conversation_id is not None:
-        return ConversationSelector(scoped(tenant, body.conversation_id), create=True)
+        name = scoped(tenant, body.conversation_id)
+        return ConversationSelector(name, create=True, initial_state=initial_state)
     return None
 
 

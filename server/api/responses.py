@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
@@ -17,14 +18,17 @@ from server.api.replays import replayed
 from server.api.replies import page_of
 from server.api.requests import begin, check_model
 from server.conversations.history import scoped
-from server.conversations.ledger import LedgerError
+from server.conversations.ledger import LedgerError, LedgerUnavailable
 from server.errors import BadRequest, IdempotencyInProgress
+from server.frames import KEEP_ALIVE
 from server.idempotency import REPLAYED, Kept, key_of
 from server.parsing import json_body
 from server.responses.answering import Answering
+from server.responses.archive import POLL_SECONDS, UNFINISHED, Archive, Stored
 from server.responses.errors import ResponseNotFound
 from server.responses.log import is_hidden
 from server.responses.writer import Event, frames_after
+from server.runs import END_OF_FRAME
 from server.schemas.items import ItemList
 from server.schemas.responses import (
     RESPONSE_ID,
@@ -32,6 +36,7 @@ from server.schemas.responses import (
     InputTokensRequest,
     Response,
     ResponseDeleted,
+    ResponseFailure,
     ResponseRequest,
 )
 from server.services import Services, ServicesOf
@@ -138,30 +143,55 @@ async def retrieve_response(
     starting_after: Annotated[int | None, Query(ge=0)] = None,
 ) -> HttpResponse:
     """Return a response as it stands, or its events from behind number `starting_after` on."""
-    stored = await services.archive.find(tenant_of(request), response_id)
+    tenant = tenant_of(request)
+    stored = await services.archive.find(tenant, response_id)
     if not stream:
-        if starting_after is not None:
-            raise BadRequest("starting_after: only for streams.", "starting_after")
         return json_response(stored.response)
     start = 0 if starting_after is None else starting_after + 1
     run = services.runs.find(response_id)
     if run is not None:
         return RecordedStream(run.read(start), services.metrics.http)
-    return RecordedStream(_once(frames_after(stored.response, start)), services.metrics.http)
+    return RecordedStream(_followed(services.archive, tenant, stored.response, start), services.metrics.http)
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data
+async def _followed(archive: Archive, tenant: str, response: Response, start: int) -> AsyncIterator[bytes]:
+    """Yield the events of a response that is not generated here, its end as soon as the ledger knows of it."""
+    if response.status in UNFINISHED and start == 0:
+        yield (begun := frames_after(response, 0))
+        start = begun.count(END_OF_FRAME)
+    while response.status in UNFINISHED:
+        try:
+            async for stored in archive.followed(tenant, response.id):
+                response = stored.response
+                yield KEEP_ALIVE
+        except LedgerUnavailable:
+            await asyncio.sleep(POLL_SECONDS)
+        except ResponseNotFound:
+            gone = ResponseFailure(code="response_not_found", message="The response was deleted.")
+            response = msgspec.structs.replace(response, status="failed", error=gone)
+    yield frames_after(response, start)
+
+
+async def _ended(services: Services, tenant: str, response_id: str) -> Stored:
+    """End a response that is being generated, wherever that is, and return how it stands then."""
+    stored = await services.archive.find(tenant, response_id)  # first: nobody ends what is another tenant's
+    run = services.runs.find(response_id)
+    if run is not None:
+        run.cancel()
+        await run.wait()
+        return await services.archive.find(tenant, response_id)
+    if stored.response.background and stored.response.status in UNFINISHED:
+        await services.archive.ask_for_end(tenant, response_id)
+        async for stored in services.archive.followed(tenant, response_id):
+            pass
+    return stored
 
 
 @router.operation("DELETE", "/v1/responses/{response_id}", reply=ResponseDeleted, errors=[404])
 async def delete_response(request: Request, response_id: Id, services: ServicesOf) -> HttpResponse:
     """Delete a response. What it said stays while its chain is continued, and goes with the last response of that."""
     tenant = tenant_of(request)
-    run = services.runs.find(response_id)
-    if run is not None:
-        run.cancel()
-        await run.wait()
+    await _ended(services, tenant, response_id)
     stored = await services.archive.delete(tenant, response_id)
     with contextlib.suppress(LedgerError):
         if is_hidden(stored.log_id) and not await services.archive.is_asked_for(tenant, stored.log_id):
@@ -176,12 +206,7 @@ async def cancel_response(request: Request, response_id: Id, services: ServicesO
     stored = await services.archive.find(tenant, response_id)
     if not stored.response.background:
         raise BadRequest("response_id: only a response in the background can be cancelled.", "response_id")
-    run = services.runs.find(response_id)
-    if run is not None:
-        run.cancel()
-        await run.wait()
-        stored = await services.archive.find(tenant, response_id)
-    return json_response(stored.response)
+    return json_response((await _ended(services, tenant, response_id)).response)
 
 
 @router.operation("GET", "/v1/responses/{response_id}/input_items", reply=ItemList, errors=[400, 404])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from engine.messages import CheckpointRef
+from engine.messages import CheckpointRef, InitialStateRef
 from engine.token_chain import root_digest
 from server.conversations.ledger import Answer, Item, LedgerCorrupt, Turn
 
@@ -132,17 +132,19 @@ def tenant_of(conversation_id: str) -> str:
     return conversation_id.rpartition("/")[0]
 
 
-def root_of(conversation_id: str) -> bytes:
-    """Return the chain of the log's empty history."""
-    return root_digest(tenant_of(conversation_id))
+def root_of(conversation_id: str, initial_state: InitialStateRef | None = None) -> bytes:
+    """Return the chain of the log's empty history, which begins from the zero state or from a tuned one."""
+    return root_digest(tenant_of(conversation_id), "" if initial_state is None else initial_state.fingerprint)
 
 
-def history_of(conversation_id: str, entries: Sequence[Turn], version: int) -> History:
+def history_of(
+    conversation_id: str, entries: Sequence[Turn], version: int, initial_state: InitialStateRef | None = None
+) -> History:
     """Return the history that leads to `version`, from all entries of a log; raises `LedgerCorrupt`."""
     path = path_to(entries, version)
     if path is None:
         raise LedgerCorrupt("the path of a log does not lead to its beginning")
-    return History(root_of(conversation_id), tuple(path))
+    return History(root_of(conversation_id, initial_state), tuple(path))
 
 
 def superseded(versions: Collection[int], limit: int) -> list[int]:

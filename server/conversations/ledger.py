@@ -27,7 +27,7 @@ from typing import Protocol
 
 import msgspec
 
-from engine.messages import CheckpointRef
+from engine.messages import CheckpointRef, InitialStateRef
 
 
 class Durability(enum.StrEnum):
@@ -97,6 +97,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     kind: str = "conversation"  # or "responses": a chain of responses, which no client can name
     checkpoints: dict[int, CheckpointRef] = {}  # the known states, by the version after which they were taken
+    initial_state: InitialStateRef | None = None  # what its history begins from; None: the zero state
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ was said is carried into it. Text is not this module's: it says what is to be re
 
 TurnError
 ├── ModelMismatch        the conversation's tokens belong to other weights
+├── InitialStateConflict the conversation did not begin from the initial state that a turn names
 ├── VersionUnknown       the log has no entry of that version
 └── LogCorrupt           the turn log does not hash to its recorded chain
 """
@@ -66,6 +67,10 @@ class TurnError(Exception):
 
 class ModelMismatch(TurnError):
     """The conversation's tokens belong to other weights than those being served."""
+
+
+class InitialStateConflict(TurnError):
+    """A turn names an initial state that its conversation did not begin from."""
 
 
 class VersionUnknown(TurnError):
@@ -175,7 +180,7 @@ class OpenTurn:
             version = head.version
         if not 0 <= version <= head.version:
             raise VersionUnknown(head.conversation_id, version)
-        return history_of(head.conversation_id, await self._entries(0), version)
+        return history_of(head.conversation_id, await self._entries(0), version, head.initial_state)
 
     async def _entries(self, after_version: int) -> list[Turn]:
         if after_version == self.conversation.version:
@@ -388,7 +393,8 @@ class OpenTurn:
         assert self._base is not None, "a turn begins somewhere"
         head = self.conversation
         if self._base.num_tokens == 0:
-            return StateSource(num_tokens=0, chain=root_of(head.conversation_id))
+            root = root_of(head.conversation_id, head.initial_state)
+            return StateSource(num_tokens=0, chain=root, initial_state=head.initial_state)
         history = await self.history()
         if (newest := history.newest(checkpoints or {})) is None:
             return await self._source(None, history.token_ids())
@@ -397,10 +403,16 @@ class OpenTurn:
 
     async def _source(self, checkpoint: CheckpointRef | None, replay_ids: list[int]) -> StateSource:
         head = self.conversation
-        begin = root_of(head.conversation_id) if checkpoint is None else checkpoint.chain
+        begin = root_of(head.conversation_id, head.initial_state) if checkpoint is None else checkpoint.chain
         if await _extend(begin, replay_ids) != head.chain:
             raise LogCorrupt(f"the log of conversation {head.conversation_id!r} does not match its chain")
-        return StateSource(num_tokens=head.num_tokens, chain=head.chain, checkpoint=checkpoint, replay_ids=replay_ids)
+        return StateSource(
+            num_tokens=head.num_tokens,
+            chain=head.chain,
+            checkpoint=checkpoint,
+            replay_ids=replay_ids,
+            initial_state=head.initial_state,
+        )
 
 
 def marker(

@@ -22,10 +22,11 @@ from typing import Protocol
 import msgspec
 
 from engine.client import AsyncEngine
-from engine.errors import CheckpointError, EngineError
+from engine.errors import CheckpointError, EngineError, InitialStateUnavailable
 from engine.messages import (
     CheckpointRef,
     CheckpointStored,
+    InitialStateRef,
     ResumeKind,
 )
 from server.conversations.history import History, history_of, is_marker, root_of, superseded
@@ -45,7 +46,7 @@ from server.conversations.ledger import (
     Turn,
     VersionConflict,
 )
-from server.conversations.open_turn import ModelMismatch, OpenTurn, VersionUnknown, marker
+from server.conversations.open_turn import InitialStateConflict, ModelMismatch, OpenTurn, VersionUnknown, marker
 from server.conversations.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class ModelIdentity:
     name: str
     fingerprint: str
     template: str
+    initial_states: tuple[InitialStateRef, ...] = ()  # that its conversations may begin from
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class ConversationSelector:
     conversation_id: str
     create: bool = False
     kind: str = "conversation"  # of a log that is created
+    initial_state: InitialStateRef | None = None  # to begin with; naming it again later does no harm
 
 
 class TurnObserver(Protocol):
@@ -81,7 +84,7 @@ class TurnObserver(Protocol):
         ...
 
     def turn_refused(self, reason: str) -> None:
-        """A turn could not be opened or committed: busy, version, lease_lost, unavailable, model."""
+        """A turn could not be opened or committed: busy, version, lease_lost, unavailable, model, initial_state."""
         ...
 
     def checkpoint_stored(self, stored: CheckpointStored) -> None:
@@ -125,12 +128,16 @@ class Turns:
         *,
         kind: str = "conversation",
         items: Sequence[Item] = (),
+        initial_state: InitialStateRef | None = None,
     ) -> Conversation:
-        """Begin a conversation, with items that its first turn will render; raises `ConversationExists`."""
+        """Begin a conversation, with items that its first turn will render, from the zero state or a tuned one.
+
+        Raises `ConversationExists`.
+        """
         conversation = Conversation(
             conversation_id=conversation_id,
             version=0,
-            chain=root_of(conversation_id),
+            chain=root_of(conversation_id, initial_state),
             num_tokens=0,
             model=self.model.name,
             fingerprint=self.model.fingerprint,
@@ -139,6 +146,7 @@ class Turns:
             ttl_seconds=self.conversation_ttl_seconds,
             metadata=metadata or {},
             kind=kind,
+            initial_state=initial_state,
         )
         first = marker(conversation, History(conversation.chain), items)
         await self.ledger.create(conversation, [first] if items else [])
@@ -159,7 +167,7 @@ class Turns:
             version = len(entries)
         if not 0 <= version <= len(entries):
             raise VersionUnknown(conversation_id, version)
-        return head, history_of(conversation_id, entries, version)
+        return head, history_of(conversation_id, entries, version, head.initial_state)
 
     async def delete(self, conversation_id: str) -> None:
         """Remove a conversation and every trace of its states; a turn that runs can no longer commit."""
@@ -229,7 +237,7 @@ class Turns:
 
         Entering raises `ConversationNotFound`, `ConversationExpired`, `ConversationBusy` (after waiting up to
         `queue_seconds` in order of arrival), `VersionConflict` if the head is not at `if_match`, `ModelMismatch`,
-        `LedgerUnavailable`.
+        `InitialStateUnavailable`, `InitialStateConflict`, `LedgerUnavailable`.
         """
         return self._open(selector, if_match, queue_seconds)
 
@@ -248,6 +256,7 @@ class Turns:
         turn: OpenTurn | None = None
         try:
             self._check(head, if_match)
+            self._check_initial_state(head, selector.initial_state)
             async with LeaseKeeper(self.ledger, lease) as keeper:
                 turn = OpenTurn(self, keeper, head)
                 yield turn
@@ -263,6 +272,17 @@ class Turns:
             self.observer.turn_refused("model")
             raise ModelMismatch(f"conversation {head.conversation_id!r} was held with another model, {head.model!r}")
 
+    def _check_initial_state(self, head: Conversation, named: InitialStateRef | None) -> None:
+        """Refuse to go on from anything but what the conversation began from."""
+        if head.initial_state is not None and head.initial_state not in self.model.initial_states:
+            self.observer.turn_refused("initial_state")
+            raise InitialStateUnavailable(
+                "this server does not have the initial state that the conversation began from"
+            )
+        if named is not None and named != head.initial_state:
+            self.observer.turn_refused("initial_state")
+            raise InitialStateConflict("the conversation did not begin from this initial state")
+
     async def _acquire(self, selector: ConversationSelector, queue_seconds: float) -> tuple[Lease, Conversation]:
         async def attempt() -> tuple[Lease, Conversation]:
             return await self.ledger.acquire(selector.conversation_id, self.owner, self.lease_seconds)
@@ -274,7 +294,7 @@ class Turns:
                 if not selector.create:
                     raise
             with contextlib.suppress(ConversationExists):  # somebody else began it just now: it exists, as wished
-                await self.create(selector.conversation_id, kind=selector.kind)
+                await self.create(selector.conversation_id, kind=selector.kind, initial_state=selector.initial_state)
             return await attempt()
 
         return await self._line.wait(selector.conversation_id, attempt_or_create, queue_seconds)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -31,7 +32,7 @@ from server.responses.log import opened, predecessor_of
 from server.responses.writer import ResponseWriter
 from server.schemas.responses import ResponseRequest
 from server.services import Services
-from server.templates import Opening, Part, RenderedPrompt, Template, render, tools_text
+from server.templates import Opening, Part, RenderedPrompt, Template, TemplateError, render, tools_text
 
 
 class Answering:
@@ -70,24 +71,42 @@ class Answering:
         if not self._body.store:
             await self._answer(generation)
             return
-        async with self._services.presence.shown():
+        async with self._services.presence.shown(), self._ended_from_elsewhere(generation):
             try:
                 await self._answer(generation)
             except BaseException as error:
                 await asyncio.shield(self._note_failure(error))
                 raise
 
+    @contextlib.asynccontextmanager
+    async def _ended_from_elsewhere(self, generation: Generation) -> AsyncGenerator[None]:
+        """Let other servers end a response in the background, which only this one could otherwise."""
+        if not self._body.background:
+            yield
+            return
+        asked = asyncio.create_task(self._services.archive.asked_to_end(self._tenant, self.draft.response_id))
+        asked.add_done_callback(lambda task: None if task.cancelled() else generation.interrupt(ResponseCancelled()))
+        try:
+            yield
+        finally:
+            asked.cancel()
+
     async def count(self) -> int:
-        """Return how many tokens the model would read."""
+        """Return how many tokens the model would read; what asks nothing after a history is that history alone."""
         services = self._services
         predecessor = await predecessor_of(self._body, services.archive, self._tenant)
         if predecessor is None and self._body.conversation is None:
-            prompt = self._render(services.template, None)
-            return len((await services.encode_pieces(prompt.pieces))[0])
+            return await self._count_after(None, services.template)
         async with opened(services.turns, self._body, self._tenant, predecessor) as turn:
             template = template_of(turn.conversation, services)
-            prompt = self._render(template, base := await turn.base(self._preamble(template)))
-            return base.num_tokens + len((await services.encode_pieces(prompt.pieces))[0])
+            return await self._count_after(await turn.base(self._preamble(template)), template)
+
+    async def _count_after(self, base: Base | None, template: Template) -> int:
+        num_history = 0 if base is None else base.num_tokens
+        if not self._inputs and (base is None or not base.items):
+            return num_history
+        prompt = self._render(template, base)
+        return num_history + len((await self._services.encode_pieces(prompt.pieces))[0])
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -134,15 +153,16 @@ class Answering:
     def _render(self, template: Template, base: Base | None) -> RenderedPrompt:
         toolbox = self._body.toolbox
         parts, first, num_known = self._parts(base)
-        self.draft.prompt = render(
-            parts,
-            template,
-            first=first,
-            reasoning_effort=self._body.reasoning.effort,
-            preamble=self._preamble(template) if first else "",
-            must_call=toolbox is not None and toolbox.must_call,
-            num_known=num_known,
-        )
+        with _fields_named():
+            self.draft.prompt = render(
+                parts,
+                template,
+                first=first,
+                reasoning_effort=self._body.reasoning.effort,
+                preamble=self._preamble(template) if first else "",
+                must_call=toolbox is not None and toolbox.must_call,
+                num_known=num_known,
+            )
         return self.draft.prompt
 
     def _without_thought(self, template: Template, base: Base, prompt: RenderedPrompt) -> Remembered:
@@ -202,3 +222,13 @@ class Answering:
             response = self.draft.failed(told.code, told.body.error.message)
         with contextlib.suppress(LedgerError):
             await self._services.archive.note(self._tenant, self._log_id, response, self._inputs)
+
+
+@contextlib.contextmanager
+def _fields_named() -> Iterator[None]:
+    """Let a template's complaints name the fields of this API, which calls two of them otherwise than chat."""
+    try:
+        yield
+    except TemplateError as error:
+        field = re.sub(r"^messages", "input", error.field).replace("reasoning_effort", "reasoning.effort")
+        raise TemplateError(field, str(error)) from None

@@ -6,8 +6,10 @@ begins: which log to look in, and what is known of a response that has not come 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,6 +21,7 @@ from server.conversations.ledger import (
     Document,
     Item,
     Ledger,
+    LedgerUnavailable,
     Turn,
 )
 from server.presence import Presence
@@ -26,6 +29,9 @@ from server.responses.errors import ResponseNotFound
 from server.schemas.responses import Response, ResponseFailure
 
 KIND = "response"
+END_KIND = "response_end"  # of a response that somebody asked another server to end
+END_TTL_SECONDS = 3600.0
+POLL_SECONDS = 0.5  # how often to ask the ledger what another server does
 
 
 class Pointer(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +57,7 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Pointer)
 _response_decoder = msgspec.json.Decoder(Response)
 
+UNFINISHED = ("queued", "in_progress")
 LOST = ResponseFailure(code="server_restarted", message="The server ended before the response was complete.")
 
 
@@ -85,12 +92,17 @@ class Archive:
         if document is None:
             raise ResponseNotFound(response_id)
         pointer = _decoder.decode(document.body)
-        turn = await self._turn(pointer.log_id, response_id)
+        response = pointer.response
+        try:
+            turn = await self._ledger.find_reply(pointer.log_id, response_id) if pointer.log_id else None
+        except (ConversationNotFound, ConversationExpired):
+            if response.status in UNFINISHED:
+                raise ResponseNotFound(response_id) from None  # it went with its conversation
+            turn = None
         if turn is not None:
             inputs = [msgspec.Raw(item.body) for item in turn.items[turn.num_carried :] if not item.answer_id]
             return Stored(pointer.log_id, _response_decoder.decode(turn.reply), inputs, turn)
-        response = pointer.response
-        if response.status in ("queued", "in_progress") and not await self._presence.lives(pointer.owner):
+        if response.status in UNFINISHED and not await self._presence.lives(pointer.owner):
             response = msgspec.structs.replace(response, status="failed", error=LOST)
         return Stored(pointer.log_id, response, pointer.inputs)
 
@@ -100,15 +112,38 @@ class Archive:
         await self._ledger.delete_document(KIND, scoped(tenant, response_id))
         return stored
 
+    # -- what another server generates --------------------------------------------------------------------------------
+
+    async def ask_for_end(self, tenant: str, response_id: str) -> None:
+        """Let the server that generates the response end it soon."""
+        document = Document(
+            kind=END_KIND,
+            document_id=scoped(tenant, response_id),
+            body=b"",
+            created_at=time.time(),
+            ttl_seconds=END_TTL_SECONDS,
+        )
+        await self._ledger.put_document(document)
+
+    async def asked_to_end(self, tenant: str, response_id: str) -> None:
+        """Return when another server asks for the end of the response; an outage of the ledger delays that."""
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            with contextlib.suppress(LedgerUnavailable):
+                if await self._ledger.get_document(END_KIND, scoped(tenant, response_id)) is not None:
+                    return
+
+    async def followed(self, tenant: str, response_id: str) -> AsyncGenerator[Stored]:
+        """Yield how a response stands, again and again, until it has ended; raises as `find`."""
+        while True:
+            yield (stored := await self.find(tenant, response_id))
+            if stored.response.status not in UNFINISHED:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
     async def is_asked_for(self, tenant: str, log_id: str) -> bool:
         """Say whether any response of the log can still be found, newest first."""
         for turn in reversed(await self._ledger.turns(log_id)):
             if turn.reply_id and await self._ledger.get_document(KIND, scoped(tenant, turn.reply_id)) is not None:
                 return True
         return False
-
-    async def _turn(self, log_id: str, response_id: str) -> Turn | None:
-        try:
-            return await self._ledger.find_reply(log_id, response_id)
-        except (ConversationNotFound, ConversationExpired):
-            return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -14,6 +15,7 @@ from server.conversations.ledger import Item
 from server.conversations.open_turn import TurnReceipt
 from server.generation import Delivered, Outcome
 from server.items import AnswerIds, answered
+from server.responses.logprobs import output_logprobs
 from server.schemas.responses import (
     IncompleteDetails,
     InputTokensDetails,
@@ -79,6 +81,7 @@ class Draft:
             read_answer(outcome.whole.text, self.prompt.opening, self._toolbox),
             answer_id,
             self.ids,
+            logprobs=self._logprobs(outcome.whole),
             is_complete=outcome.finished.reason is not FinishReason.LENGTH,
         )
 
@@ -125,6 +128,13 @@ class Draft:
             output_tokens_details=OutputTokensDetails(reasoning_tokens=self._num_thought(whole)),
             total_tokens=num_input + num_output,
         )
+
+    def _logprobs(self, whole: Delivered) -> list[dict[str, Any]]:
+        """Return those of what was said; a thought has none."""
+        if whole.logprobs is None:
+            return []
+        begin = self._num_thought(whole)
+        return output_logprobs(self._tokenizer, whole.token_ids[begin:], whole.logprobs[begin:])
 
     def _num_thought(self, whole: Delivered) -> int:
         """Return how many tokens were thought: those up to the one that ends the thought."""

@@ -8,14 +8,13 @@ from typing import Any
 
 import msgspec
 
-from engine.messages import TokenLogprobs
 from engine.tokenizer import Tokenizer
-from server.api.replies import clamped, most_likely
 from server.errors import Answer
 from server.frames import frame
 from server.generation import ChoiceEvent, Delivered, Finished
 from server.items import FunctionCallBody, MessageBody, OutputContent, ReasoningBody, ReasoningText
 from server.responses.draft import Draft
+from server.responses.logprobs import output_logprobs
 from server.schemas.responses import Response
 from server.templates import AnswerReader, AnswerText
 
@@ -55,9 +54,13 @@ class ResponseWriter:
 
     def opening(self) -> bytes:
         """Return the events before there is anything to say."""
-        queued = [self._event("response.queued", response=self._draft.begun("queued"))] if self._queued else []
-        created = self._event("response.created", response=self._draft.begun())
-        return b"".join([created, *queued, self._event("response.in_progress", response=self._draft.begun())])
+        begun = self._draft.begun()
+        if not self._queued:
+            events = {"response.created": begun}
+        else:
+            events = dict.fromkeys(("response.created", "response.queued"), self._draft.begun("queued"))
+        events["response.in_progress"] = begun
+        return b"".join(self._event(name, response=response) for name, response in events.items())
 
     def frames(self, event: ChoiceEvent) -> bytes:
         """Return the events that tell of `event`."""
@@ -107,13 +110,18 @@ class ResponseWriter:
         if text.reasoning:
             frames += self._begin(_Thought, self._draft.ids.thought) + self._grow(text.reasoning)
         if text.content or (event is not None and event.logprobs and isinstance(self._open, _Words)):
-            logprobs = [] if event is None else self._logprobs(event)
+            logprobs = self._logprobs(event)
             frames += self._begin(_Words, self._draft.ids.message) + self._grow(text.content, logprobs)
         if text.call_name is not None:
             frames += self._begin(partial(_Call, self._draft.ids.call, text.call_name), self._draft.ids.call_item)
         if text.call_arguments:
             frames += self._grow(text.call_arguments)
         return frames
+
+    def _logprobs(self, event: Delivered | None) -> list[dict[str, Any]]:
+        if event is None or event.logprobs is None:
+            return []
+        return output_logprobs(self._tokenizer, event.token_ids, event.logprobs)
 
     def _begin(self, kind: Callable[[str, int], _Thought | _Words | _Call], item_id: str) -> bytes:
         """Open the item that what comes next belongs to, and close another."""
@@ -146,21 +154,6 @@ class ResponseWriter:
             frames += self._begin(_Words, self._draft.ids.message)  # an empty answer is an item all the same
         frames += self._close("completed" if response.status == "completed" else "incomplete")
         return frames + self._event(f"response.{response.status}", response=response)
-
-    def _logprobs(self, event: Delivered) -> list[dict[str, Any]]:
-        if event.logprobs is None:
-            return []
-        return [self._logprob(token_id, entry) for token_id, entry in zip(event.token_ids, event.logprobs, strict=True)]
-
-    def _logprob(self, token_id: int, entry: TokenLogprobs) -> dict[str, Any]:
-        return {
-            **self._token(token_id, clamped(entry.logprob)),
-            "top_logprobs": [self._token(top_id, value) for top_id, value in most_likely(entry)],
-        }
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
-        return {"token": self._tokenizer.token_text(token_id), "bytes": list(data), "logprob": logprob}
 
 
 def frames_after(response: Response, start: int) -> bytes:

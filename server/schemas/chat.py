@@ -122,7 +122,9 @@ class NamedToolChoice(StrictModel):
 class ChatRequest(GenerationFields):
     """Answer the messages. In a conversation they are the new ones only; it remembers the others."""
 
-    without_effect: ClassVar[frozenset[str]] = GenerationFields.without_effect - {"metadata"}
+    # A wish for a shorter or longer answer; no model here is trained to follow it.
+    without_effect: ClassVar[frozenset[str]] = (GenerationFields.without_effect | {"verbosity"}) - {"metadata"}
+
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -132,7 +134,6 @@ class ChatRequest(GenerationFields):
         "web_search_options": (),
         "moderation": (),
         "service_tier": ("auto", "default"),
-        "verbosity": ("medium",),
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)

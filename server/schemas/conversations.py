@@ -32,6 +32,7 @@ class ConversationRequest(StrictModel):
     id: ConversationId | None = None  # ours; drawn at random if absent
     metadata: Metadata = {}
     items: NewItems = []
+    initial_state: str | None = None  # name of a tuned state to begin from
 
 
 class ConversationUpdate(StrictModel):
@@ -78,6 +79,7 @@ class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     num_tokens: int
     model: str
+    initial_state: str | None
     pinned: bool
     ttl_seconds: float | None  # since the last turn; null: it does not expire
 
@@ -94,6 +96,7 @@ class ConversationReply(msgspec.Struct, frozen=True, kw_only=True):
             model=head.model,
             pinned=pinned,
             ttl_seconds=None if pinned else head.ttl_seconds,
+            initial_state=None if head.initial_state is None else head.initial_state.name,
         )
 
 

@@ -182,6 +182,7 @@ class GenerationFields(SamplingFields):
         BeforeValidator(as_reference, json_schema_input_type=ConversationId | ConversationReference),
     ] = None
     conversation_id: ConversationId | None = None
+    initial_state: str | None = None  # name of a tuned state to begin from
     queue_ms: int = Field(0, ge=0, le=MAX_QUEUE_MS)
 
     @model_validator(mode="after")

@@ -122,15 +122,19 @@ class FunctionOutputItem(StrictModel):
 def _tag(value: Any) -> str:
     """Return the type of an item; a message may leave it out."""
     found = value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
-    return found if isinstance(found, str) else "message"
+    return f"<{found}>" if isinstance(found, str) else "<message>"
 
 
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionOutputItem, Tag("function_call_output")],
-    Discriminator(_tag),
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[FunctionCallItem, Tag("<function_call>")]
+    | Annotated[FunctionOutputItem, Tag("<function_call_output>")],
+    Discriminator(
+        _tag,
+        custom_error_type="item_type",
+        custom_error_message="type must be message, reasoning, function_call or function_call_output",
+    ),
 ]
 
 InputItems = Annotated[list[InputItem], Field(max_length=MAX_ITEMS)]

@@ -20,6 +20,21 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
 
 
+class InitialStateCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A tuned state that histories may begin from."""
+
+    id: str
+    object: str = "initial_state"
+    fingerprint: str  # of its content
+
+
+class InitialStateList(msgspec.Struct, frozen=True, kw_only=True):
+    """All tuned states."""
+
+    object: str = "list"
+    data: list[InitialStateCard]
+
+
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """All models."""
 

@@ -41,6 +41,15 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+def _functions_only(value: Any) -> Any:
+    """Refuse other tools by their type, before what else they lack."""
+    for index, tool in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(tool, dict) and tool.get("type", "function") != "function":
+            field = f"tools[{index}].type"
+            raise BadRequest(f"{field}: functions are the only kind of tool here.", field, "unsupported_parameter")
+    return value
+
+
 class Reasoning(StrictModel):
     """How to think before the answer. A thought is streamed as it is, so there is no summary of it."""
 
@@ -122,7 +131,7 @@ class ResponseRequest(SamplingFields):
     text: TextConfig = TextConfig()
     include: list[str] = []
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[ResponseTool] = Field([], max_length=MAX_TOOLS)
+    tools: Annotated[list[ResponseTool], BeforeValidator(_functions_only)] = Field([], max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool = True  # either way: an answer of these models makes one call
     truncation: Literal["auto", "disabled"] = "disabled"  # a recurrent state has no window to cut to

@@ -37,6 +37,7 @@ class Answer:
 
     opening: str  # `Opening.text` of the prompt that it answered
     written: str | tuple[int, ...]  # everything the model wrote, nothing cleaned: its text, or the ids it sampled
+    follows: bool = False  # directly what comes before, without a border: text that was continued as it stood
 
 
 Part = Message | Answer
@@ -115,7 +116,8 @@ def _history(
     prompt = _Pieces()
     preamble_size = _preamble_size(parts, template) if first else 0
     for place, part in enumerate(parts):
-        prompt.extend("" if first and place == 0 else template.border)
+        follows = isinstance(part, Answer) and part.follows
+        prompt.extend("" if follows or (first and place == 0) else template.border)
         if 0 < place == preamble_size:
             prompt.cut()
         field = f"messages[{place - offset - num_known}]"

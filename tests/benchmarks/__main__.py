@@ -18,7 +18,13 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.engine_bench import EngineBench, Settings
+from tests.benchmarks.peers.compare import Settings as PeerSettings
+from tests.benchmarks.peers.compare import compare
+from tests.benchmarks.ratios import RatioBench
+from tests.benchmarks.sse_bench import Settings as SseSettings
+from tests.benchmarks.sse_bench import SseBench
 from tests.benchmarks.synthetic_model import ensure_model
+from tests.benchmarks.turns_bench import TurnBench
 
 
 def main() -> None:
@@ -35,6 +41,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
         started_at = time.perf_counter()
         results = asyncio.run(EngineBench(model, Path(directory), options.threads, settings).run())
+        results |= asyncio.run(RatioBench(model, Path(directory), options.threads, settings).run())
+        results["sse_chunks_per_second"] = SseBench(SseSettings(rounds=settings.rounds)).run()
+        results |= TurnBench(Path(directory), max(5, settings.rounds)).run()
+        results["peers"] = compare(model, PeerSettings(rounds=settings.rounds, num_threads=options.threads))
         results["bench_seconds"] = round(time.perf_counter() - started_at, 1)
     print_table(results)
     print(json.dumps(results))

@@ -132,12 +132,12 @@ def _text(world: tokenizer.Tokenizer, token_id: int) -> str:
 class Clients:
     """Streams that are counted, not understood."""
 
-    def __init__(self, port: int, count: int, path: str, max_tokens: int) -> None:
+    def __init__(self, port: int, count: int, path: str, max_tokens: int, **fields: float) -> None:
         self.num_chunks = 0
         self.num_done = 0
         self._selector = selectors.DefaultSelector()
-        fields = {**PATHS.get(path, {}), "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
-        body = json.dumps(fields).encode()
+        asked = {**PATHS.get(path, {}), "max_tokens": max_tokens, "ignore_eos": True, "stream": True, **fields}
+        body = json.dumps(asked).encode()
         target = f"{path}?{max_tokens}" if path == BARE else path
         head = f"POST {target} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\n\r\n"
@@ -157,7 +157,10 @@ class Clients:
             for key, _ in self._selector.select(0):
                 assert isinstance(key.fileobj, socket.socket)
                 data = key.fileobj.recv(1 << 18)
-                assert data, "the server closed a stream"
+                if not data:  # at its end, and idle for longer than the server keeps it
+                    self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    assert self._selector.get_map(), "the server closed all streams"
                 self.num_chunks += data.count(b'"text":"') + data.count(b'"content":"') - data.count(b'"role":')
                 self.num_done += data.count(b"data: [DONE]")
 

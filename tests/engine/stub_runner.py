@@ -81,6 +81,7 @@ class StubRunner:
         self.slots: list[list[int] | None] = [None] * num_slots
         self.consumed: list[list[int]] = [[] for _ in range(num_slots)]  # by the slot's request: what penalties see
         self.plans: list[StepPlan] = []
+        self.loaded: list[RecurrentState] = []
         self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
         self.saves_break = False
@@ -130,6 +131,7 @@ class StubRunner:
         tape = tokens_of(state)
         assert tape[len(tape) - len(consumed_ids) :] == list(consumed_ids)
         self.slots[slot], self.consumed[slot] = tape, list(consumed_ids)
+        self.loaded.append(state)
 
     def count(self, slot: int, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Note what penalties count from the beginning."""

@@ -7,18 +7,13 @@ import torch
 
 import kernels
 from kernels import reference
+from tests.kernels.wkv_case import NUM_SLOTS, WkvCase, starts_of
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
-H, N, C = 3, 16, 48
+C = 48
 LENGTHS = [5, 1, 3, 1]
 SLOTS = torch.tensor([4, 0, 2, 5])
-NUM_SLOTS = 7
-
-
-def starts_of(lengths: list[int]) -> torch.Tensor:
-    """Return the packed offsets of `lengths`."""
-    return torch.tensor([0, *lengths]).cumsum(0)
 
 
 @pytest.fixture
@@ -27,70 +22,13 @@ def random() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
-class WkvCase:
-    """Random inputs of `wkv7` with decays as trained models have them."""
-
-    def __init__(self, random: torch.Generator, num_tokens: int, v_first: bool) -> None:
-        def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            return torch.randn(*shape, generator=random) * scale
-
-        self.r, self.k, self.v, self.gate = (normal(num_tokens, C) for _ in range(4))
-        self.decay = normal(num_tokens, C, scale=2.0) - 3.0
-        self.a = torch.sigmoid(normal(num_tokens, C))
-        self.v_first = normal(num_tokens, C) if v_first else None
-        self.value_mix = torch.sigmoid(normal(num_tokens, C)) if v_first else None
-        self.k_k, self.k_a = normal(C, scale=0.1) + 0.7, normal(C, scale=0.1) + 1.0
-        self.r_k = normal(H, N, scale=0.1)
-        self.ln_weight, self.ln_bias = normal(C, scale=0.1) + 1.0, normal(C, scale=0.1)
-        # A strided view, as the pool hands out: another layer lies between two slots.
-        self.state = normal(NUM_SLOTS, 2, H, N, N)[:, 1]
-
-    def run(self, tokens: slice, slots: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Run the operator on some of the tokens."""
-        rows = [None if t is None else t[tokens] for t in self._per_token]
-        return kernels.wkv7(
-            *rows,
-            self.k_k,
-            self.k_a,
-            self.r_k,
-            self.ln_weight,
-            self.ln_bias,
-            1e-5 * N,
-            self.state,
-            slots,
-            starts_of(lengths),
-        )
-
-    @property
-    def _per_token(self) -> tuple[torch.Tensor | None, ...]:
-        return (self.r, self.k, self.v, self.decay, self.a, self.gate, self.v_first, self.value_mix)
-
-    def expected(self, tokens: range, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (result, state) of one sequence by the formulas, in float64."""
-        S = self.state[slot].double().clone()
-        rows = []
-        for t in tokens:
-            r, k, v, dw, a, gate = (x[t].double() for x in (self.r, self.k, self.v, self.decay, self.a, self.gate))
-            if self.v_first is not None and self.value_mix is not None:
-                v = v + (self.v_first[t].double() - v) * self.value_mix[t].double()
-            kk = reference.unit_length((k * self.k_k.double()).view(H, N))
-            k = k * (1 + (a - 1) * self.k_a.double())
-            w = torch.exp(-torch.exp(torch.tensor(-0.5, dtype=torch.float64)) * torch.sigmoid(dw))
-            r, k, v, w, a = (x.view(H, N) for x in (r, k, v, w, a))
-            y = torch.stack([reference.wkv_head(S[i], r[i], w[i], k[i], v[i], kk[i], a[i]) for i in range(H)])
-            y = reference.group_norm(y, *(p.double().view(H, N) for p in (self.ln_weight, self.ln_bias)), 1e-5 * N)
-            y = y + (r * k * self.r_k.double()).sum(1, keepdim=True) * v
-            rows.append(y.reshape(C) * gate)
-        return torch.stack(rows), S
-
-
 @pytest.mark.parametrize("v_first", [False, True], ids=["first layer", "later layer"])
 def test_wkv7_equals_the_formulas(random: torch.Generator, v_first: bool) -> None:
     """Packed sequences of mixed lengths give the reference's results and states, slot by slot."""
     case = WkvCase(random, sum(LENGTHS), v_first)
     starts = starts_of(LENGTHS).tolist()
     expected = [case.expected(range(starts[i], starts[i + 1]), int(SLOTS[i])) for i in range(len(LENGTHS))]
-    result = case.run(slice(None), SLOTS, LENGTHS)
+    result = case.run(kernels.wkv7, slice(None), SLOTS, LENGTHS)
     torch.testing.assert_close(result.double(), torch.cat([rows for rows, _ in expected]), rtol=1e-5, atol=1e-5)
     for slot, (_, S) in zip(SLOTS.tolist(), expected, strict=True):
         torch.testing.assert_close(case.state[slot].double(), S, rtol=1e-5, atol=1e-5)
@@ -102,14 +40,14 @@ def test_wkv7_leaves_other_slots_alone(random: torch.Generator) -> None:
     pool = case.state._base
     assert pool is not None
     before = pool.clone()
-    case.run(slice(None), SLOTS, LENGTHS)
+    case.run(kernels.wkv7, slice(None), SLOTS, LENGTHS)
     untouched = [slot for slot in range(NUM_SLOTS) if slot not in SLOTS.tolist()]
     assert torch.equal(pool[:, 0], before[:, 0])
     assert torch.equal(pool[untouched], before[untouched])
     assert not torch.equal(pool[:, 1], before[:, 1])
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 2 * 4 * H * N * N, 1 << 20], ids=["row by row", "pairs", "all at once"])
+@pytest.mark.parametrize("tile_bytes", [1, 2 * 4 * 3 * 16 * 16, 1 << 20], ids=["row by row", "pairs", "all at once"])
 def test_wkv7_does_not_depend_on_tiles_or_batch(
     random: torch.Generator, monkeypatch: pytest.MonkeyPatch, tile_bytes: int
 ) -> None:
@@ -117,10 +55,10 @@ def test_wkv7_does_not_depend_on_tiles_or_batch(
     monkeypatch.setitem(kernels.eager.TILE_BYTES, "cpu", tile_bytes)
     case = WkvCase(random, len(SLOTS), v_first=True)
     before = case.state.clone()
-    together = case.run(slice(None), SLOTS, [1] * len(SLOTS))
+    together = case.run(kernels.wkv7, slice(None), SLOTS, [1] * len(SLOTS))
     after = case.state.clone()
     case.state.copy_(before)
-    alone = [case.run(slice(i, i + 1), SLOTS[i : i + 1], [1]) for i in range(len(SLOTS))]
+    alone = [case.run(kernels.wkv7, slice(i, i + 1), SLOTS[i : i + 1], [1]) for i in range(len(SLOTS))]
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(after, case.state)
 

@@ -186,3 +186,18 @@ def test_what_is_not_there_is_refused_by_name(server: ServerProcess) -> None:
     stale = server.http.post(f"{path}/rewind", json={"version": 0}, headers={"if-match": "7"})
     assert stale.status_code == 412
     assert server.http.get(path).json()["version"] == 1
+
+
+def test_text_without_a_template_is_said_again_as_it_stood(server: ServerProcess) -> None:
+    """A completion continues a conversation; after an edit before it, it still follows what came before directly."""
+    conversation_id = new_id()
+    first = say(server, conversation_id, LINES[0])
+    raw = {"prompt": " and", "max_tokens": 5, "seed": 9, "conversation": conversation_id, "return_token_ids": True}
+    continued = server.http.post("/v1/completions", json=raw).json()["choices"][0]["token_ids"]
+    before = items(server, conversation_id)
+    server.http.delete(f"/v1/conversations/{conversation_id}/items/{before[0]['id']}")
+    history = b"Assistant:" + bytes(tokens(first)) + b" and" + bytes(continued)
+    prompt = history + b"\n\nUser: On.\n\nAssistant:"
+    body = {"prompt": list(prompt), "max_tokens": 12, "seed": 3, "return_token_ids": True, "stop": STOPS}
+    expected = server.http.post("/v1/completions", json=body).json()["choices"][0]["token_ids"]
+    assert tokens(say(server, conversation_id, "On.")) == expected

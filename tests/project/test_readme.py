@@ -48,10 +48,10 @@ def test_the_curl_conversation(server: ServerProcess) -> None:
 
 
 @needs_default_model
-def test_the_openai_program(server: ServerProcess) -> None:
-    """The program with the unmodified client prints an answer that knows the name."""
-    assert len(PROGRAMS) == 1
-    assert "Ada" in run([sys.executable, "-c", PROGRAMS[0]], server)
+@pytest.mark.parametrize("program", PROGRAMS, ids=["chat", "responses"])
+def test_the_openai_programs(server: ServerProcess, program: str) -> None:
+    """The programs with the unmodified client print answers that know the name."""
+    assert "Ada" in run([sys.executable, "-c", program], server)
 
 
 def test_make_targets_exist() -> None:

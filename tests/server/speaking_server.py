@@ -14,11 +14,10 @@ from types import TracebackType
 
 import httpx
 import openai
-import pytest
 import uvicorn
 
-from engine.client import AsyncEngine
 from engine.config import EngineConfig
+from engine.launch import EngineThread
 from engine.messages import SamplingParams
 from server.app import create_app
 from server.assembly import open_services
@@ -68,14 +67,10 @@ class SpeakingServer:
         return httpx.Client(base_url=self.url, timeout=60)
 
     async def _serve(self) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                AsyncEngine, "spawn", lambda config, on_report: AsyncEngine.in_process(self._engine, on_report)
-            )
-            async with open_services(self._settings) as services:
-                self._server = uvicorn.Server(uvicorn.Config(create_app(services), lifespan="off", log_config=None))
-                self._started.set()
-                await self._server.serve([self._socket])
+        async with open_services(self._settings, EngineThread(self._engine)) as services:
+            self._server = uvicorn.Server(uvicorn.Config(create_app(services), lifespan="off", log_config=None))
+            self._started.set()
+            await self._server.serve([self._socket])
 
     def __enter__(self) -> SpeakingServer:
         self._thread.start()

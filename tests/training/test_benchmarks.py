@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +9,11 @@ import torch
 
 from engine.tokenizer.loading import load as load_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer
-from tests.server_process import ServerProcess
 from training.benchmarks import lambada, multiple_choice, read_questions, score_text
-from training.checkpoint import save_weights
 from training.evaluate import recall, score_rows
 from training.generate import generate_greedy
 from training.model import ModelShape, Rwkv7
-from training.scoring import Example, HttpScorer, Likelihood, LocalScorer
+from training.scoring import Example, Likelihood, LocalScorer
 from training.train import prepare_data
 
 from .conftest import TINY
@@ -69,23 +66,13 @@ def test_choices_are_compared_by_likelihood_and_by_that_of_a_byte(tokenizer: Tok
             scores = {" no": -3.0, " yes, of course": -6.0}
             return [Likelihood(scores[tokenizer.decode(example.continuation)], False) for example in examples]
 
+        def log_probability(self, ids: Sequence[int]) -> float:
+            raise AssertionError("no text is asked about")
+
     path = tmp_path / "q.jsonl"
     path.write_text('{"notice": "n"}\n{"context": "Is it?", "choices": [" no", " yes, of course"], "answer": 1}\n')
     score = multiple_choice(Table(), tokenizer, read_questions(path))
     assert (score.num_questions, score.accuracy, score.accuracy_per_byte) == (1, 0.0, 1.0)
-
-
-def test_a_server_gives_the_same_numbers(model: Rwkv7, tokenizer: Tokenizer, prepared: Path, tmp_path: Path) -> None:
-    """LAMBADA over HTTP and in process agree to 1e-4 on the same weights."""
-    directory = tmp_path / "model"
-    directory.mkdir()
-    save_weights(model.state_dict(), directory / "model.safetensors")
-    shutil.copy(prepared / "tokenizer.json", directory)
-    here = lambada(LocalScorer(model), tokenizer, PASSAGES, prefix_end_of_text=True)
-    with ServerProcess(directory, tmp_path / "data", "--dtype", "float32") as server:
-        there = lambada(HttpScorer(server.http, "test"), tokenizer, PASSAGES, prefix_end_of_text=True)
-    assert there.perplexity == pytest.approx(here.perplexity, rel=1e-4)
-    assert there.accuracy == here.accuracy
 
 
 def test_text_is_scored_with_the_state_carried(
@@ -93,10 +80,11 @@ def test_text_is_scored_with_the_state_carried(
 ) -> None:
     """Windows give what one window gives, and bits per byte count bytes of the text."""
     text = "I have a dog. " * 10 + "é"
-    whole = score_text(model, tokenizer, text)
-    monkeypatch.setattr("training.benchmarks._WINDOW_TOKENS", 7)
-    assert score_text(model, tokenizer, text).nats == pytest.approx(whole.nats, rel=1e-5)
+    whole = score_text(LocalScorer(model), tokenizer, text)
+    monkeypatch.setattr("training.scoring._WINDOW_TOKENS", 7)
+    assert score_text(LocalScorer(model), tokenizer, text).nats == pytest.approx(whole.nats, rel=1e-5)
     assert whole.bits_per_byte == pytest.approx(whole.nats / math.log(2) / (14 * 10 + 2))
+    assert whole.perplexity == pytest.approx(math.exp(whole.nats / whole.weight))
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(model: Rwkv7, tokenizer: Tokenizer) -> None:

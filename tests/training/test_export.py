@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.tokenizer.loading import load as load_tokenizer
 from training.__main__ import main
 from training.checkpoint import checkpoints
 from training.config import TrainConfig
@@ -41,6 +42,16 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_model_of_bytes_has_no_tokenizer_file(tmp_path: Path) -> None:
+    """Its directory can be served and read as it is: 256 rows mean bytes."""
+    config = CONFIG.replace("vocab_size = 300", "vocab_size = 256").replace("[data]", '[data]\ntokenizer = "bytes"')
+    (tmp_path / "train.toml").write_text(config)
+    main(["train", "--config", str(tmp_path / "train.toml"), "--run", str(tmp_path / "run")])
+    main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "model")])
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "sostenuto.json"}
+    assert load_tokenizer("auto", tmp_path / "model", 256).encode("é") == list("é".encode())
+
+
 def test_from_text_to_an_answer(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The commands take one from nothing to a directory to serve, its measures and its words."""
     directory = tmp_path / "model"
@@ -53,6 +64,7 @@ def test_from_text_to_an_answer(run_dir: Path, tmp_path: Path, capsys: pytest.Ca
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results.keys() == {
         "bits_per_byte/text.txt",
+        "perplexity/text.txt",
         *(f"{measure}/{distance}" for measure in ("recall", "recall_of_known_values") for distance in (1, 3, 5, 8, 12)),
     }
     assert 0 < results["bits_per_byte/text.txt"] < 20

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import pytest
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.checkpoint import checkpoints
-from training.config import TrainConfig
+from training.config import TrainConfig, TuneSection
 from training.data import Batch
 from training.model import Rwkv7
 from training.optimizer import make_optimizer, set_learning_rate
@@ -131,31 +132,63 @@ def test_logit_penalty_pulls_the_largest_logit_down() -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
-def test_two_processes_take_the_steps_of_one(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
-    """Two processes as torchrun starts them, gloo on the CPU, end where one process ends, and only the first writes."""
+@pytest.mark.timeout(600)  # processes import torch, and on a busy machine wait for it
+@pytest.mark.parametrize(("parallel", "accumulate"), [("ddp", 1), ("fsdp", 2)])
+def test_two_processes_take_the_steps_of_one(
+    config: TrainConfig, run_dir: Path, tmp_path: Path, parallel: Literal["ddp", "fsdp"], accumulate: int
+) -> None:
+    """Two processes as torchrun starts them, gloo on the CPU, end where one process ends, and only the first writes.
+
+    Copies of the model or shares of it make no difference, to the loss or to what is written; what they wrote resumes
+    in one process.
+    """
     alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
-    short = config.with_run(num_steps=3)
+    short = config.with_run(num_steps=3, eval_every=2, parallel=parallel, accumulate=accumulate)
     train(short, alone, Path())
+    run_two(short, run_dir, tmp_path)
+    one, two = _log(alone), _log(run_dir)
+    assert [values["step"] for values in two] == [values["step"] for values in one]
+    for name in ("loss", "grad_norm", "eval/loss"):
+        expected = [values[name] for values in one if name in values]
+        assert [values[name] for values in two if name in values] == pytest.approx(expected, rel=1e-4)
+    for file in ("model.safetensors", "trainer.safetensors"):
+        whole, others = (load_file(checkpoints(directory)[-1] / file) for directory in (alone, run_dir))
+        assert {name: tensor.shape for name, tensor in others.items()} == {n: t.shape for n, t in whole.items()}
+    best, other_best = (load_file(directory / "best.safetensors") for directory in (alone, run_dir))
+    torch.testing.assert_close(other_best["head.weight"], best["head.weight"], atol=2e-4, rtol=0)
+    longer = short.with_run(num_steps=5)
+    train(longer, alone, Path())
+    one_goes_on = Path(shutil.copytree(run_dir, tmp_path / "one_goes_on"))
+    train(longer, one_goes_on, Path())
+    run_two(longer, run_dir, tmp_path)
+    for directory in (one_goes_on, run_dir):
+        assert _log(directory)[-1]["eval/loss"] == pytest.approx(_log(alone)[-1]["eval/loss"], rel=1e-4)
+
+
+def run_two(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
+    """Train in two processes."""
     path = tmp_path / "config.json"
-    path.write_bytes(msgspec.json.encode(short))
-    code = (
+    path.write_bytes(msgspec.json.encode(config))
+    script = tmp_path / "script.py"
+    script.write_text(
         "import sys, msgspec; from pathlib import Path; from training.config import TrainConfig;"
         "from training.train import train;"
         "train(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=TrainConfig), Path(sys.argv[2]), Path())"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "PYTHONWARNINGS": "default"}
     processes = [
         subprocess.Popen([sys.executable, script, path, run_dir], env={**environment, "RANK": str(rank)}, cwd=ROOT)
         for rank in (0, 1)
     ]
-    assert [process.wait(timeout=90) for process in processes] == [0, 0]
-    one, two = _log(alone), _log(run_dir)
-    assert [values["step"] for values in two] == [values["step"] for values in one]
-    weights, others = (load_file(checkpoints(directory)[-1] / "model.safetensors") for directory in (alone, run_dir))
-    torch.testing.assert_close(others["head.weight"], weights["head.weight"], atol=2e-4, rtol=0)
+    assert [process.wait(timeout=280) for process in processes] == [0, 0]
+
+
+def test_shares_of_a_tuned_part_are_refused(config: TrainConfig, run_dir: Path) -> None:
+    """Sharding is for whole models; the error says what to use."""
+    tuned = msgspec.structs.replace(config, tune=TuneSection(method="lora")).with_run(parallel="fsdp")
+    with pytest.raises(ValueError, match=r"tune\.method must be full"):
+        train(tuned, run_dir, Path())
 
 
 def test_sigterm_ends_with_a_checkpoint(config: TrainConfig, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

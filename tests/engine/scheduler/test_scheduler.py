@@ -1,10 +1,19 @@
 import msgspec
 import pytest
 
-from engine.messages import CheckpointRef, FinishReason, GenerationRequest, ResumeKind, TokenLogprobs
+from engine.messages import (
+    CheckpointRef,
+    FinishReason,
+    GenerationRequest,
+    InitialStateRef,
+    ResumeKind,
+    StateSource,
+    TokenLogprobs,
+)
 from engine.scheduler.sequence import Phase
+from engine.token_chain import extend_digest, root_digest
 from tests.engine.scheduler.simulation import CLIENT, Simulation, request_of, source_of
-from tests.engine.stub_runner import StubRunner, scripted_model, tokens_of
+from tests.engine.stub_runner import StubRunner, scripted_model, state_of, tokens_of
 from tests.engine.stub_vocabulary import StubVocabulary
 
 BYTES = StubVocabulary([*(bytes([byte]) for byte in range(256)), b"END", b"hello E", b"ND.", b"\n\n"])
@@ -671,3 +680,45 @@ def test_what_happened_is_counted() -> None:
         "rwkv_settled_tokens_total": 2,
         "rwkv_stop_bytes_lost_total": 0,
     }
+
+
+# -- initial states ---------------------------------------------------------------------------------------------------
+
+TUNED = InitialStateRef("tuned", "00ff")
+TUNED_ROOT = root_digest(initial_state="00ff")
+
+
+def tuned_source(history: list[int], initial_state: InitialStateRef = TUNED) -> StateSource:
+    """Return the source of the state behind a history that begins from the tuned state, to be replayed."""
+    chain = extend_digest(TUNED_ROOT, history)
+    return StateSource(num_tokens=len(history), chain=chain, replay_ids=history, initial_state=initial_state)
+
+
+@pytest.mark.parametrize("history", [[], [5, 6]], ids=["new", "replayed"])
+def test_a_history_begins_from_its_initial_state(history: list[int]) -> None:
+    """A first turn and a replay both have the tuned state in their slot first; the kept state has its chain."""
+    runner, tuned = StubRunner(vocab_size=len(BYTES.tokens)), state_of([], TUNED_ROOT)
+    simulation = Simulation(runner, vocabulary=BYTES, initial_states={TUNED: tuned})
+    client = simulation.submit(request_of("a", PROMPT, source=tuned_source(history)), history)
+    simulation.run()
+    assert client.started is not None
+    assert client.started.resume is (ResumeKind.REPLAYED if history else ResumeKind.NEW)
+    chain = extend_digest(TUNED_ROOT, client.full_history)
+    state = simulation.hot_states.get(StateSource(num_tokens=len(client.full_history), chain=chain))
+    assert state is not None
+    assert tokens_of(state) == client.full_history
+    assert runner.loaded == [tuned]
+    assert simulation.kept(client.full_history) is None  # that is the name of what begins from the zero state
+
+
+@pytest.mark.parametrize(
+    "ref", [InitialStateRef("tuned", "00fe"), InitialStateRef("other", "00ff")], ids=["content", "name"]
+)
+def test_an_initial_state_that_is_not_here_is_refused(ref: InitialStateRef) -> None:
+    """Another content under the name, or another name, is never replaced by anything."""
+    simulation = Simulation(vocabulary=BYTES, initial_states={TUNED: state_of([], TUNED_ROOT)})
+    for number, history in enumerate(([], [5])):
+        client = simulation.submit(request_of(str(number), PROMPT, source=tuned_source(history, ref)), history)
+        assert client.failed is not None
+        assert client.failed.code == "initial_state_unavailable"
+    simulation.check_at_rest()

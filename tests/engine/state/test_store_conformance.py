@@ -52,6 +52,19 @@ def test_an_unknown_name_is_missing(tested: StoreUnderTest) -> None:
     tested.store.delete([])
 
 
+def test_a_state_may_be_written_under_its_name_by_several_at_once(tested: StoreUnderTest) -> None:
+    """Names that follow from what a state is: whoever writes last, the blob is whole and lives from then on."""
+    checkpoint_id, blob = new_id(), random.Random(2).randbytes(2 * CHUNK_BYTES + 5)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: tested.store.put(checkpoint_id, blob, HOUR), range(8)):
+            assert tested.store.get(checkpoint_id) == blob
+    assert tested.names() == {checkpoint_id}
+    tested.travel(HOUR - 60)
+    tested.store.put(checkpoint_id, blob, HOUR)
+    tested.travel(120)
+    assert tested.store.get(checkpoint_id) == blob
+
+
 def test_a_blob_ends(tested: StoreUnderTest) -> None:
     """A blob is missing after its time to live, however often it was read, and takes up no room after a sweep."""
     short, long = new_id(), new_id()

@@ -1,0 +1,130 @@
+"""The kernels as a 1.5B model launches them, and what each may cost on sm_90. Nothing may spill.
+
+A budget is what was compiled, rounded up: more registers than that are a change somebody should have wanted.
+`wide_accesses` are those of states, rows or weights that must move 16 bytes a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton.language as tl
+
+from kernels.triton import linear, sampling, shift_mix, wkv7
+
+C, F, H, N, V = 2048, 8192, 32, 64, 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a kernel may cost."""
+
+    registers: int
+    wide_accesses: int
+    tensor_cores: str | None = None  # the shape that must be among its instructions
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel as it is launched."""
+
+    kernel: Any
+    types: Mapping[str, str]  # of its arguments, by name
+    constants: Mapping[str, object]
+    budget: Budget
+    options: Mapping[str, object] = field(default_factory=dict)
+    unaligned: tuple[str, ...] = ("T", "eps", "num_rows")  # arguments that need not be multiples of 16
+
+
+_FLOATS = dict.fromkeys(["x", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"], "*fp32")
+_HALVES = dict.fromkeys(["r", "k", "v", "a", "gate", "v_first", "value_mix", "out"], "*bf16")
+_INDICES = dict.fromkeys(["slots", "starts", "positions"], "*i64")
+_SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "T": "i32", "num_rows": "i32", "eps": "fp32"}
+_TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS}
+
+_WKV = {"N": N, "HAS_VALUE_MIX": True}
+_WKV_OPTIONS = {"num_warps": wkv7.NUM_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
+_PREFILL = {**_WKV, "L": wkv7.CHUNK_LEN, "PRECISION": wkv7.PRECISION}
+_PARTS = {"C": C, "WIDTH": C, "BLOCK": shift_mix.BLOCK}
+_PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS}
+
+
+def _linear(
+    outputs: int, inputs: int, dtype: str, num_rows: int, registers: int, wide: int, cores: str | None, activation: str
+) -> Variant:
+    itemsize = {"fp32": 4, "bf16": 2, "i8": 1}[dtype]
+    plan, tile = linear.plan(outputs, inputs, itemsize), linear.tile(num_rows, itemsize)
+    is_int8 = dtype == "i8"
+    has_sums = tile.is_side_by_side and plan.split > 1
+    return Variant(
+        linear.linear_kernel,
+        {"x": "*bf16", "weight": f"*{dtype}", "scale": "*fp32", "bias": "*fp32", "T": "i32"}
+        | {"out": "*fp32" if has_sums else "*bf16"},
+        {
+            "OUTPUTS": outputs,
+            "K": inputs,
+            "STRIDE": inputs + (linear.INT8_TAIL if is_int8 else 0),
+            "SPLIT": plan.split,
+            "IS_SIDE_BY_SIDE": tile.is_side_by_side,
+            "DTYPE": tl.float32 if dtype == "fp32" else tl.bfloat16,
+            "HAS_SCALE": is_int8,
+            "HAS_BIAS": activation != "none",
+            "ACTIVATION": activation,
+            "BLOCK_O": tile.block_o,
+            "BLOCK_T": tile.block_t,
+            "BLOCK_K": plan.block_k,
+        },
+        Budget(registers, wide, cores),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _WKV, Budget(80, 8), _WKV_OPTIONS),
+    "wkv7 step, float16 state": Variant(
+        wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _WKV, Budget(80, 4), _WKV_OPTIONS
+    ),
+    "wkv7 prefill": Variant(wkv7.prefill_kernel, _TYPES, _PREFILL, Budget(255, 8), _WKV_OPTIONS),
+    "shift_mix step, six mixes": Variant(
+        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 6}, Budget(40, 30), _PARTS_OPTIONS
+    ),
+    "shift_mix step, one mix": Variant(
+        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 1}, Budget(40, 15), _PARTS_OPTIONS
+    ),
+    "shift_mix prefill": Variant(
+        shift_mix.prefill_kernel, _TYPES, {**_PARTS, "M": 6, "ROWS": 1024}, Budget(64, 40), _PARTS_OPTIONS
+    ),
+    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(40, 10), _PARTS_OPTIONS),
+    "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
+    "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
+    "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
+    "linear C x C, 256 rows": _linear(C, C, "bf16", 256, 160, 4, "m64n128k16", "none"),
+    "linear C x C, 2048 rows": _linear(C, C, "bf16", 2048, 216, 4, "m64n128k16", "none"),
+    "linear F x C, 1 row": _linear(F, C, "bf16", 1, 88, 4, "m64n16k16", "none"),
+    "linear C x F, 1 row": _linear(C, F, "bf16", 1, 88, 4, "m64n16k16", "none"),
+    "linear V x C, 1 row": _linear(V, C, "bf16", 1, 88, 4, "m64n16k16", "none"),
+    "linear C x C int8, 1 row": _linear(C, C, "i8", 1, 96, 4, "m64n16k16", "none"),
+    "low rank down, 1 row": _linear(96, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
+    "low rank up, 1 row": _linear(C, 96, "bf16", 1, 40, 4, "m64n16k16", "sigmoid"),
+    "decay down, 1 row": _linear(96, C, "fp32", 1, 192, 4, None, "none"),
+    "decay up, 1 row": _linear(C, 96, "fp32", 1, 192, 4, None, "sigmoid"),
+    "decay down, 2048 rows": _linear(96, C, "fp32", 2048, 255, 4, None, "none"),
+    "linear, spans added": Variant(
+        linear.add_spans_kernel,
+        {"sums": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
+        {"OUTPUTS": C, "STRIDE": C, "SPLIT": 4, "HAS_SCALE": False, "HAS_BIAS": True, "ACTIVATION": "tanh"}
+        | {"BLOCK_O": linear.ADD_BLOCK},
+        Budget(32, 4),
+        {"num_warps": linear.ADD_WARPS},
+    ),
+    "sample": Variant(
+        sampling.sample_kernel,
+        {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
+        | {"uniform": "*fp64", "out": "*i64", "stride": "i64"},
+        {"V": V, "BLOCK": sampling.BLOCK, "NUM_BLOCKS": V // sampling.BLOCK},
+        Budget(56, 5),
+        {"num_warps": sampling.NUM_WARPS},
+    ),
+}

@@ -1,0 +1,114 @@
+"""`python -m kernels.triton.compile`: compile every kernel for sm_90 without a card, and hold it to its budget.
+
+What a compiler can say about speed before anything runs: registers, spills, shared memory, tensor core instructions,
+and how often global memory is read and written 16 bytes a thread. Prints a JSON object a kernel; the exit status is 1
+if one is over its budget. Cannot run in a process that interprets (`TRITON_INTERPRET`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton.budgets import VARIANTS, Budget, Variant
+
+TARGET = GPUTarget("cuda", 90, 32)
+MAX_SHARED_BYTES = 227 << 10  # of a program on this target
+
+_PTXAS: Path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+_WIDE = r"(?:ld|st)\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global[^;]*, 0x10,"
+_TENSOR_CORES = r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a kernel costs, as compiled."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_accesses: int  # instructions that move 16 bytes a thread between global memory and the processor
+    tensor_cores: list[str]  # shapes of their instructions
+
+    def over(self, budget: Budget) -> list[str]:
+        """Say what is over the budget."""
+        problems = []
+        if self.registers > budget.registers:
+            problems.append(f"{self.registers} registers, not {budget.registers}")
+        if self.spilled_bytes > 0:
+            problems.append(f"{self.spilled_bytes} bytes spilled")
+        if self.shared_bytes > MAX_SHARED_BYTES:
+            problems.append(f"{self.shared_bytes} bytes of shared memory")
+        if self.wide_accesses < budget.wide_accesses:
+            problems.append(f"{self.wide_accesses} wide accesses, not {budget.wide_accesses}")
+        if budget.tensor_cores is not None and budget.tensor_cores not in self.tensor_cores:
+            problems.append(f"no {budget.tensor_cores} among {self.tensor_cores}")
+        return problems
+
+
+def measure(variant: Variant) -> Resources:
+    """Compile a variant and look at what came out."""
+    names = variant.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    source = ASTSource(
+        variant.kernel,
+        {name: "constexpr" if name in variant.constants else variant.types[name] for name in names},
+        constexprs=constants,
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in variant.constants and name not in variant.unaligned
+        },
+    )
+    compiled = triton.compile(source, target=TARGET, options=dict(variant.options))
+    ptx: str = compiled.asm["ptx"]
+    remarks = _assemble(ptx, variant.options)
+    return Resources(
+        registers=_number(r"Used (\d+) registers", remarks),
+        spilled_bytes=_number(r"(\d+) bytes spill stores", remarks) + _number(r"(\d+) bytes spill loads", remarks),
+        shared_bytes=compiled.metadata.shared,
+        wide_accesses=len(re.findall(_WIDE, ptx)),
+        tensor_cores=sorted({a or b for a, b in re.findall(_TENSOR_CORES, ptx)}),
+    )
+
+
+def _assemble(ptx: str, options: Mapping[str, object]) -> str:
+    """Return what the assembler says of the code; Triton assembles too, but keeps it to itself."""
+    fused = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(_PTXAS), "-v", "--gpu-name=sm_90a", *fused, str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the assembler's remarks have no {pattern!r}: {text}")
+    return int(found[1])
+
+
+def main() -> int:
+    """Measure every variant and print it."""
+    is_over = False
+    for name, variant in VARIANTS.items():
+        resources = measure(variant)
+        problems = resources.over(variant.budget)
+        is_over |= bool(problems)
+        print(json.dumps({"kernel": name, **asdict(resources), "over_budget": problems}), flush=True)  # noqa: T201
+    return int(is_over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""`make bench-gpu`: what one card does, in about ten minutes. The last line is one JSON object.
+
+Sections: ceilings of the card; correctness on it; decode and its batch sizes; a step and its context, beside a
+transformer of the size; prompts; the service. A section that fails says so in the result and the others run. Plain
+PyTorch is measured first, captured in graphs as ours is, because operators cannot be taken back from a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import kernels
+from engine.messages import SamplingParams
+from engine.models.load import load_model
+from engine.models.rwkv7 import RWKV7
+from engine.runner.cuda_graphs import CudaGraphs, DecodeGraphs, DecodeRow, triton_step
+from engine.runner.input_batch import InputBatch
+from engine.state.pool import StatePool
+from engine.weights.synthetic import SyntheticShape, save_synthetic
+from tests.benchmarks.gpu_service import measure_service
+from tests.benchmarks.static_cache_transformer import StaticCacheTransformer
+
+
+def _shape(num_layers: int, width: int, decay: int, rate: int, value: int, gate: int) -> SyntheticShape:
+    return SyntheticShape(
+        num_layers=num_layers, width=width, head_size=64, vocab_size=65536,
+        decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "0.1B": _shape(12, 768, 64, 64, 32, 128),
+    "1.5B": _shape(24, 2048, 96, 96, 64, 256),
+    "7.2B": _shape(32, 4096, 128, 128, 96, 480),
+}
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 960)
+CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
+PROMPTS = ((1, 512), (1, 1024), (1, 4096), (8, 1024), (32, 1024))
+SLOT_SETS = 3  # disjoint states in turn: a card's cache must not hold what a step reads
+PIECE = 2048  # tokens of a prompt consumed at once
+
+
+def main() -> int:
+    """Measure, print a line a section, print one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where generated checkpoints are kept")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.1B", "1.5B"])
+    parser.add_argument("--main-shape", choices=SHAPES, default="1.5B", help="of all sections but decode")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench-gpu needs a CUDA device, and PyTorch sees none here: nothing was measured.", file=sys.stderr)
+        return 2
+    if not kernels.triton_operators.is_available():
+        print("bench-gpu needs Triton: pip install sostenuto[cuda]. Nothing was measured.", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    paths = {name: ensure_checkpoint(options.cache, name) for name in {*options.shapes, options.main_shape}}
+    results: dict[str, object] = describe(device)
+
+    def section(name: str, measure: Callable[[], object]) -> None:
+        started_at = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                results[name] = measure()
+        except Exception as error:  # the others are still worth having
+            results[name] = {"failed": f"{type(error).__name__}: {error}"}
+        torch.cuda.empty_cache()
+        print(f"{name} {time.perf_counter() - started_at:.0f} s: {json.dumps(results[name])}", flush=True)
+
+    main_path = paths[options.main_shape]
+    section("ceilings", lambda: ceilings(device))
+    section("decode_pytorch", lambda: {name: decode(paths[name], device, plain_step) for name in options.shapes})
+    section("prefill_pytorch", lambda: prefill(main_path, device))
+    results["backend"] = kernels.select_backend(device)
+    section("correctness", lambda: correctness(paths.get("0.1B", main_path), device))
+    section("decode", lambda: {name: decode(paths[name], device, triton_step) for name in options.shapes})
+    section("context", lambda: by_context(main_path, device))
+    section("context_transformer", lambda: transformer_by_context(device))
+    section("prefill", lambda: prefill(main_path, device))
+    with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
+        section("service", lambda: measure_service(main_path, Path(directory)))
+    print(json.dumps(results))
+    return 0
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """Return card, driver, versions and commit."""
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "card": torch.cuda.get_device_name(device),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+
+
+def ensure_checkpoint(directory: Path, name: str) -> Path:
+    """Return a bfloat16 checkpoint of a shape, made on first use."""
+    path = directory / f"rwkv7-{name}-shaped.safetensors"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name("partial-" + path.name)
+        save_synthetic(partial, SHAPES[name], seed=0, dtype=torch.bfloat16)
+        partial.rename(path)
+    return path
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the seconds one of `repeats` calls takes on the device, after two that are not counted."""
+    for _ in range(2):
+        run()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Memory read and copied, a large product, small products, copies to and from the host."""
+    read, copied = _memory_rates(torch.zeros(2 << 30, dtype=torch.int32, device=device))  # 8 GiB
+    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(8, 4096, 4096, dtype=torch.bfloat16, device=device)  # more than the cache holds
+    figures = {
+        "read_gb_per_second": read / 1e9,
+        "copy_gb_per_second": copied / 1e9,
+        "bf16_tflops": 2 * 8192**3 / seconds(lambda: square @ square, 5) / 1e12,
+    }
+    for rows in (1, 16, 64, 256):
+        x = torch.randn(rows, 4096, dtype=torch.bfloat16, device=device)
+        taken = seconds(lambda x=x: [x @ matrix.T for matrix in weight], 5)  # type: ignore[misc]
+        figures[f"product_of_{rows}_rows_gb_per_second"] = weight.nbytes / taken / 1e9
+    host = torch.empty(256 << 20, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(host, device=device)
+    figures["to_device_gb_per_second"] = host.nbytes / 1e9 / seconds(lambda: there.copy_(host, non_blocking=True), 5)
+    figures["to_host_gb_per_second"] = host.nbytes / 1e9 / seconds(lambda: host.copy_(there, non_blocking=True), 5)
+    return {name: round(value, 1) for name, value in figures.items()}
+
+
+def _memory_rates(data: torch.Tensor) -> tuple[float, float]:
+    """Bytes a second when `data` is read, and when half of it is copied to the other."""
+    half = len(data) // 2
+    read = data.nbytes / seconds(lambda: data.sum(), 5)
+    return read, data.nbytes / seconds(lambda: data[:half].copy_(data[half:]), 5)
+
+
+def plain_step(
+    model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor
+) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """As `triton_step`, on PyTorch's operators and greedy: its sampling reads the device."""
+    indices = torch.arange(1025, device=model.device)
+
+    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+        num_rows = len(fields["slots"])
+        slots = torch.where(fields["slots"] < 0, pool.scratch_slot, fields["slots"])
+        batch = InputBatch(fields["token_ids"], slots, indices[: num_rows + 1], indices[:num_rows])
+        return model.logits(model.forward(batch, pool)).argmax(dim=-1)
+
+    return step
+
+
+def new_pool(model: RWKV7, num_slots: int) -> StatePool:
+    """Return a pool with states as after a few tokens: zeros as data run faster."""
+    pool = StatePool(model.config.state_spec, num_slots, model.device)
+    pool.wkv.normal_(std=0.1)
+    pool.shift.normal_()
+    return pool
+
+
+def decode(path: Path, device: torch.device, make_step: Callable[..., object]) -> dict[str, object]:
+    """Tokens a second by batch size: one graph a step, sampled ids consumed before the host has read them."""
+    model = load_model(path, device, "bfloat16")
+    figures: dict[str, object] = {}
+    for batch in BATCH_SIZES:
+        if torch.cuda.mem_get_info(device)[0] < 1.3 * SLOT_SETS * batch * model.config.state_spec.num_bytes:
+            figures[str(batch)] = "states do not fit"
+            continue
+        figures[str(batch)] = decode_rate(model, batch, make_step)
+        torch.cuda.empty_cache()
+    return figures
+
+
+def decode_rate(model: RWKV7, batch: int, make_step: Callable[..., object], num_steps: int = 60) -> dict[str, float]:
+    """Median, best and worst of the steps, in pieces of ten."""
+    pool = new_pool(model, SLOT_SETS * batch + 1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=model.device)
+    graphs = DecodeGraphs(make_step(model, pool, nothing), batch, model.device, CudaGraphs())  # type: ignore[arg-type]
+    sampling = [SamplingParams(seed=i, temperature=1.0, top_p=0.9) for i in range(batch)]
+    num_launched = 0
+
+    def launch() -> None:
+        nonlocal num_launched
+        first = num_launched % SLOT_SETS * batch
+        rows = [
+            DecodeRow(first + i, sampling[i], num_launched, token_id=i + 1, source=i if num_launched else None)
+            for i in range(batch)
+        ]
+        graphs.launch(rows)
+        num_launched += 1
+
+    taken = sorted(seconds(launch, 10) for _ in range(num_steps // 10))
+    return {
+        "tokens_per_second": round(batch / statistics.median(taken), 1),
+        "best_ms": round(taken[0] * 1e3, 4),
+        "median_ms": round(statistics.median(taken) * 1e3, 4),
+        "worst_ms": round(taken[-1] * 1e3, 4),
+    }
+
+
+def correctness(path: Path, device: torch.device) -> dict[str, bool]:
+    """What must hold bit for bit on a card: graphs, batch sizes, places, padding, repetition, saved states."""
+    model = load_model(path, device, "bfloat16")
+    pool = new_pool(model, 66)
+    before = pool.wkv.clone(), pool.shift.clone()
+    graphs = DecodeGraphs(
+        triton_step(model, pool, torch.zeros(0, dtype=torch.int64, device=device)), 64, device, CudaGraphs()
+    )
+    untouched = torch.equal(pool.wkv, before[0]) and torch.equal(pool.shift, before[1])
+
+    def restore() -> None:
+        pool.wkv.copy_(before[0])
+        pool.shift.copy_(before[1])
+
+    def rows(slots: list[int]) -> list[DecodeRow]:
+        return [DecodeRow(slot, SamplingParams(seed=slot), 9, token_id=slot + 1) for slot in slots]
+
+    def run(slots: list[int]) -> dict[int, tuple[int, torch.Tensor, torch.Tensor]]:
+        restore()
+        ids = graphs.launch(rows(slots)).token_ids()
+        return {s: (ids[i], pool.wkv[s].clone(), pool.shift[s].clone()) for i, s in enumerate(slots)}
+
+    def same(left: dict[int, tuple[int, torch.Tensor, torch.Tensor]], slots: list[int]) -> bool:
+        right = run(slots)
+        return all(
+            left[s][0] == right[s][0] and all(torch.equal(left[s][n], right[s][n]) for n in (1, 2)) for s in slots
+        )
+
+    most = run(list(range(64)))
+    figures = {
+        "recording_touches_no_state": untouched,
+        "repeated_20_times": all(same(most, list(range(64))) for _ in range(20)),
+        "places_exchanged": same(most, list(range(63, -1, -1))),
+        "every_bucket": all(same(most, list(range(bucket))) for bucket in graphs.buckets),
+        "padding": same(most, [5, 1, 40]),
+    }
+    run([5, 1, 40])
+    others = [slot for slot in range(65) if slot not in (5, 1, 40)]
+    figures["others_untouched"] = torch.equal(pool.wkv[others], before[0][others])
+    figures["graph_equals_eager"] = _eager_equals(model, pool, restore, most)
+    restore()
+    state = pool.save(7, 0, b"")
+    pool.load(9, state)
+    figures["saved_and_loaded"] = torch.equal(pool.wkv[7], pool.wkv[9]) and torch.equal(pool.shift[7], pool.shift[9])
+    return figures
+
+
+def _eager_equals(
+    model: RWKV7,
+    pool: StatePool,
+    restore: Callable[[], None],
+    expected: dict[int, tuple[int, torch.Tensor, torch.Tensor]],
+) -> bool:
+    restore()
+    indices = torch.arange(65, device=model.device)
+    model.forward(InputBatch(indices[:64] + 1, indices[:64], indices, indices[:64]), pool)
+    return all(torch.equal(pool.wkv[slot], wkv) for slot, (_, wkv, _) in expected.items())
+
+
+def consume(model: RWKV7, pool: StatePool, slots: list[int], num_tokens: int) -> torch.Tensor:
+    """Let each slot consume `num_tokens` random tokens, and return the last logits."""
+    device, logits = model.device, torch.empty(0)
+    for begin in range(0, num_tokens, max(1, PIECE)):
+        length = min(PIECE, num_tokens - begin)
+        starts = torch.arange(len(slots) + 1, device=device) * length
+        ids = torch.randint(model.config.vocab_size, (length * len(slots),), device=device)
+        batch = InputBatch(ids, torch.tensor(slots, device=device), starts, starts[1:] - 1)
+        logits = model.logits(model.forward(batch, pool))
+    return logits
+
+
+def by_context(path: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step and memory, after so many tokens."""
+    model = load_model(path, device, "bfloat16")
+    pool = new_pool(model, 2)
+    graphs = DecodeGraphs(
+        triton_step(model, pool, torch.zeros(0, dtype=torch.int64, device=device)), 1, device, CudaGraphs()
+    )
+    figures, consumed = {}, 0
+    for context in CONTEXTS:
+        consume(model, pool, [0], context - consumed)
+        consumed = context
+        row = [DecodeRow(0, SamplingParams(seed=1), context, token_id=1)]
+        torch.cuda.reset_peak_memory_stats(device)
+        figures[str(context)] = {
+            "step_ms": round(seconds(lambda row=row: graphs.launch(row), 50) * 1e3, 4),  # type: ignore[misc]
+            "memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3),
+        }
+    return figures
+
+
+def transformer_by_context(device: torch.device) -> dict[str, dict[str, float]]:
+    """The same of a transformer with a static cache, captured as ours is."""
+    figures = {}
+    for context in CONTEXTS:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        model, ids = StaticCacheTransformer(1, context, device), torch.zeros(1, dtype=torch.int64, device=device)
+        replay = CudaGraphs().record(lambda model=model, ids=ids: ids.copy_(model.step(ids)))  # type: ignore[misc]
+        figures[str(context)] = {
+            "step_ms": round(seconds(replay, 50) * 1e3, 4),
+            "memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3),
+            "parameters": float(model.num_parameters),
+        }
+        del model, replay
+    return figures
+
+
+def prefill(path: Path, device: torch.device) -> dict[str, float]:
+    """Tokens a second of prompts, logits of the last token only."""
+    model = load_model(path, device, "bfloat16")
+    pool = new_pool(model, 33)
+    return {
+        f"{rows} x {length}": round(
+            rows * length / seconds(lambda r=rows, n=length: consume(model, pool, list(range(r)), n), 3),
+            1,  # type: ignore[misc]
+        )
+        for rows, length in PROMPTS
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

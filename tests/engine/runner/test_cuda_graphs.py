@@ -1,0 +1,227 @@
+"""Decode by recorded steps, with the recording left out: on a card it is CUDA's, here a step just runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec import structs
+
+import kernels
+from engine.messages import SamplingParams
+from engine.models.load import load_model
+from engine.models.rwkv7 import RWKV7
+from engine.runner.cuda_graphs import (
+    BUCKETS,
+    PADDING_SLOT,
+    DecodeGraphs,
+    DecodeRow,
+    DecodeStep,
+    bucket_of,
+    buckets_for,
+    consumed_ids,
+)
+from engine.runner.graph_runner import GraphModelRunner, is_plain_decode
+from engine.runner.input_batch import InputBatch
+from engine.runner.model_runner import TorchModelRunner
+from engine.runner.plan import Chunk, StepPlan
+from engine.state.pool import StatePool
+from engine.weights.synthetic import SyntheticShape, save_synthetic
+
+V = 100
+CPU = torch.device("cpu")
+
+
+class RunAgain:
+    """Implements `Graphs` without a card: what is recorded runs once now, and again when replayed."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.num_recorded += 1
+        run()
+        return run
+
+    def mark(self) -> Callable[[], None]:
+        return lambda: None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> RWKV7:
+    """A small random model."""
+    shape = SyntheticShape(num_layers=2, width=32, head_size=8, vocab_size=V)
+    path: Path = save_synthetic(tmp_path_factory.mktemp("model") / "m.pth", shape, seed=8, dtype=torch.float32)
+    return load_model(path, CPU, "float32")
+
+
+def host_step(model: RWKV7, pool: StatePool) -> DecodeStep:
+    """The step on operators that take no padding: it goes to the scratch slot instead."""
+
+    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+        slots, num_rows = fields["slots"], len(fields["slots"])
+        slots = torch.where(slots == PADDING_SLOT, pool.scratch_slot, slots)
+        rows = torch.arange(num_rows + 1)
+        with torch.inference_mode():
+            hidden = model.forward(InputBatch(consumed_ids(fields, last_sampled), slots, rows, rows[:-1]), pool)
+            parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+            return kernels.sample(model.logits(hidden), *parameters)
+
+    return step
+
+
+def params(i: int) -> SamplingParams:
+    """Sampling that is each slot's own."""
+    return SamplingParams(seed=i, temperature=(0.0, 1.0, 0.7)[i % 3], top_p=0.9, top_k=20, min_p=0.01)
+
+
+def expected_tokens(model: RWKV7, slot: int, first: int, num_steps: int, first_position: int = 0) -> list[int]:
+    """What the runner generates for a sequence by itself."""
+    runner = TorchModelRunner(model, 8)
+    runner.start(slot)
+    token_id, generated = first, []
+    for n in range(num_steps):
+        plan = StepPlan([Chunk(slot, [token_id], sampling=params(slot), position=first_position + n)])
+        sampled = runner.step(plan).chunks[0].token_id
+        assert sampled is not None
+        token_id = sampled
+        generated.append(token_id)
+    return generated
+
+
+@pytest.mark.parametrize("is_read_late", [False, True], ids=["each step read", "read one step behind"])
+def test_tokens_are_those_of_plain_steps(model: RWKV7, is_read_late: bool) -> None:
+    """Rows that change places, batches that grow and shrink; ids from the host, or left on the device."""
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    graphs = DecodeGraphs(host_step(model, pool), 5, CPU, RunAgain())
+    order = [[1, 2, 3, 4, 5], [3, 1, 5], [5, 3, 1], [3]]
+    launches, rows_before, last_ids = [], {}, {slot: slot for slot in range(1, 6)}
+    for n, slots in enumerate(order):
+        rows = [
+            DecodeRow(slot, params(slot), n, source=rows_before[slot])
+            if is_read_late and rows_before
+            else DecodeRow(slot, params(slot), n, token_id=last_ids[slot])
+            for slot in slots
+        ]
+        launches.append(graphs.launch(rows))
+        rows_before = {slot: i for i, slot in enumerate(slots)}
+        if not is_read_late:
+            last_ids |= dict(zip(slots, launches[-1].token_ids(), strict=True))
+    seen: dict[int, list[int]] = {slot: [] for slot in range(1, 6)}
+    for slots, launch in zip(order, launches, strict=True):
+        for slot, token_id in zip(slots, launch.token_ids(), strict=True):
+            seen[slot].append(token_id)
+    for slot, tokens in seen.items():
+        assert tokens == expected_tokens(model, slot, slot, len(tokens))
+
+
+def test_recording_and_padding_touch_no_state(model: RWKV7) -> None:
+    """Only the slots of rows change."""
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    pool.wkv.normal_()
+    before = pool.wkv.clone()
+    graphs = DecodeGraphs(host_step(model, pool), 7, CPU, RunAgain())
+    assert torch.equal(pool.wkv[:7], before[:7])
+    graphs.launch([DecodeRow(slot, params(slot), 0) for slot in (2, 4, 5)]).token_ids()
+    changed = [slot for slot in range(7) if not torch.equal(pool.wkv[slot], before[slot])]
+    assert changed == [2, 4, 5]
+
+
+def test_what_an_earlier_larger_batch_left_is_not_read(model: RWKV7) -> None:
+    """Stale rows of the table are padding again when a smaller batch follows in the same bucket."""
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    graphs = DecodeGraphs(host_step(model, pool), 4, CPU, RunAgain())
+    graphs.launch([DecodeRow(slot, params(slot), 0) for slot in (1, 2, 3, 4)]).token_ids()
+    before = pool.wkv.clone()
+    graphs.launch([DecodeRow(slot, params(slot), 1) for slot in (1, 2, 3)]).token_ids()
+    assert torch.equal(pool.wkv[4], before[4])
+
+
+def test_every_bucket_is_recorded_once(model: RWKV7) -> None:
+    """Buffers are reused: no launch records."""
+    recorder = RunAgain()
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    graphs = DecodeGraphs(host_step(model, pool), 6, CPU, recorder)
+    for num_rows in (1, 2, 5, 6):
+        graphs.launch([DecodeRow(slot, params(slot), 0) for slot in range(num_rows)])
+    assert recorder.num_recorded == len(graphs.buckets) == 4
+
+
+class HostGraphRunner(GraphModelRunner):
+    """The runner with steps that run again instead of graphs."""
+
+    def _record(self, max_rows: int) -> DecodeGraphs:
+        return DecodeGraphs(host_step(self.model, self.pool), max_rows, CPU, RunAgain())
+
+
+def test_the_runner_replays_what_it_can_and_runs_the_rest(model: RWKV7) -> None:
+    """The same outputs and states as without graphs, for prompts, decodes, and decodes that need more than a graph."""
+    runners = TorchModelRunner(model, 9), HostGraphRunner(model, 9)
+    outputs = []
+    for runner in runners:
+        for slot in range(4):
+            runner.start(slot)
+        plans = [
+            StepPlan([Chunk(0, [1, 2, 3], sampling=params(0), position=3), Chunk(1, [4])]),
+            StepPlan([Chunk(slot, [slot + 5], sampling=params(slot), position=4) for slot in range(4)]),
+            StepPlan([Chunk(0, [7], sampling=params(0), position=5), Chunk(1, [V], sampling=params(1), position=5)]),
+            StepPlan([Chunk(2, [8], sampling=structs.replace(params(1), num_logprobs=2), position=6)]),
+        ]
+        outputs.append([runner.step(plan).chunks for plan in plans])
+    assert outputs[0] == outputs[1]
+    assert torch.equal(runners[0].pool.wkv[:4], runners[1].pool.wkv[:4])
+
+
+def test_a_broken_row_fails_alone_in_a_graph(model: RWKV7) -> None:
+    """A state that is not finite is reported, its neighbour decodes on."""
+    runner = HostGraphRunner(model, 9)
+    for slot in range(2):
+        runner.start(slot)
+    runner.pool.wkv[1].fill_(torch.nan)
+    plan = StepPlan([Chunk(slot, [5], sampling=params(slot), position=1) for slot in range(2)])
+    sound, broken = runner.step(plan).chunks
+    assert sound.token_id == expected_tokens(model, 0, 5, 1, first_position=1)[0]
+    assert broken.failed == "the row became NaN or infinite"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_bias": {1: 1.0}},
+        {"num_logprobs": 0},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"top_n_sigma": 1.0},
+        {"typical_p": 0.9},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_sampling_that_a_graph_does_not_know_is_no_plain_decode(changes: dict[str, object]) -> None:
+    """Such steps run as they do everywhere."""
+    assert is_plain_decode(Chunk(0, [1], sampling=params(1)))
+    assert not is_plain_decode(Chunk(0, [1], sampling=structs.replace(params(1), **changes)))
+
+
+def test_chunks_that_are_more_than_a_token_are_no_plain_decode() -> None:
+    """Prompts, chunks that sample nothing, and ids that may not come yet."""
+    assert not is_plain_decode(Chunk(0, [1, 2], sampling=params(1)))
+    assert not is_plain_decode(Chunk(0, [1]))
+    assert not is_plain_decode(Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False))
+
+
+@pytest.mark.parametrize(("max_rows", "most"), [(1, 1), (3, 4), (64, 64), (65, 96), (5000, 1024)])
+def test_buckets_hold_as_many_rows_as_may_come(max_rows: int, most: int) -> None:
+    """Up to the ladder's end."""
+    assert buckets_for(max_rows)[-1] == most
+
+
+def test_the_smallest_bucket_that_fits_is_taken() -> None:
+    """And what fits nowhere is refused."""
+    assert [bucket_of(n, BUCKETS) for n in (1, 2, 3, 9, 129, 1024)] == [1, 2, 4, 12, 192, 1024]
+    with pytest.raises(ValueError, match="1025 rows do not fit into 1024"):
+        bucket_of(1025, BUCKETS)
+    with pytest.raises(ValueError, match="needs a row"):
+        bucket_of(0, BUCKETS)

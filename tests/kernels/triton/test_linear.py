@@ -1,0 +1,92 @@
+"""Products in Triton: right, and for each row the same bits however many rows there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+linear = pytest.importorskip("kernels.triton.linear", reason="Triton is not installed: pip install sostenuto[cuda]")
+
+NUM_ROWS = [1, 2, 15, 16, 17, 33, 64, 65, 128, 256, 257]
+
+
+def matrix(random: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix as the kernels take it, and what it means in float64."""
+    outputs, K = shape
+    weight = torch.randn(outputs, K, generator=random) / K**0.5
+    if dtype == torch.int8:
+        packed = linear.pack_int8(weight)
+        return packed, packed[:, :K].double() * packed[:, K : K + 4].view(torch.float32).double()
+    return weight.to(dtype), weight.to(dtype).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(200, 512), (64, 96), (72, 1024)], ids="{0[0]} x {0[1]}".format)
+@pytest.mark.parametrize("num_rows", [3, 40, 300])
+def test_products_equal_float64(
+    random: torch.Generator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], num_rows: int
+) -> None:
+    """With bias, whatever is left over at the edges, spans side by side or not."""
+    weight, exact = matrix(random, shape, dtype)
+    x = torch.randn(num_rows, shape[1], generator=random).to(torch.bfloat16 if dtype == torch.int8 else dtype)
+    bias = torch.randn(shape[0], generator=random)
+    result = linear.linear(x.to(device), weight.to(device), bias.to(device), dtype=torch.float32)
+    expected = x.double() @ exact.T + bias.double()
+    torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [
+        ("none", lambda x: x),
+        ("tanh", torch.tanh),
+        ("sigmoid", torch.sigmoid),
+        ("relu_squared", lambda x: x.relu().square()),
+    ],
+)
+@pytest.mark.parametrize("inputs", [32, 1024], ids=["one span", "spans added"])
+def test_activations(random: torch.Generator, device: torch.device, activation: str, formula, inputs: int) -> None:  # type: ignore[no-untyped-def]
+    """Applied once, to the whole sum and its bias."""
+    weight, exact = matrix(random, (48, inputs), torch.float32)
+    x, bias = torch.randn(3, inputs, generator=random), torch.randn(48, generator=random)
+    result = linear.linear(x.to(device), weight.to(device), bias.to(device), activation)
+    expected = formula(x.double() @ exact.T + bias.double())
+    torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_a_row_is_the_same_in_every_batch(random: torch.Generator, device: torch.device, dtype: torch.dtype) -> None:
+    """Bitwise, across all buckets, over the border where spans are no longer side by side, from any place in it."""
+    weight, _ = matrix(random, (64, 512), dtype)
+    assert linear.plan(64, 512, weight.element_size()).split > 1
+    x = torch.randn(max(NUM_ROWS), 512, generator=random).to(torch.float16).to(device)
+    weight = weight.to(device)
+    most = linear.linear(x, weight, dtype=torch.float32)
+    for num_rows in NUM_ROWS:
+        assert torch.equal(linear.linear(x[:num_rows], weight, dtype=torch.float32), most[:num_rows]), num_rows
+    assert torch.equal(linear.linear(x[200:202], weight, dtype=torch.float32), most[200:202])
+
+
+def test_how_a_matrix_is_summed_is_no_matter_of_rows() -> None:
+    """Whatever the tile, it leaves the order of sums alone: only the plan says that, and it knows no rows."""
+    for itemsize in (1, 2, 4):
+        block_k = linear.plan(2048, 2048, itemsize).block_k
+        for num_rows in NUM_ROWS:
+            tile = linear.tile(num_rows, itemsize)
+            assert tile.block_t in (16, 32, 64, 128)
+            assert tile.num_stages * block_k * (tile.block_o + tile.block_t) * itemsize <= 227 << 10
+
+
+@pytest.mark.parametrize("shape", [(64, 2048), (2048, 2048), (4096, 4096), (2560, 2560), (768, 3072), (65536, 768)])
+def test_plans_cover_the_matrix(shape: tuple[int, int]) -> None:
+    """Spans are whole blocks of K."""
+    plan = linear.plan(*shape, 2)
+    assert shape[1] % (plan.split * plan.block_k) == 0
+
+
+def test_odd_widths_are_refused_by_name() -> None:
+    """The kernels take whole 16-byte pieces."""
+    assert not linear.can_run(torch.empty(8, 40))
+    with pytest.raises(ValueError, match="in_features must be a multiple of 16, not 40"):
+        linear.plan(8, 40, 2)
