@@ -87,6 +87,31 @@ def render(
         field = f"messages[{len(parts) - 1 - num_known}].role"
         raise TemplateError(field, "the last message is an answer already; it can't be continued")
     opening = _opening(template, reasoning_effort, must_call=must_call)
+    prompt, has_preamble = _history(parts, template, first=first, preamble=preamble, num_known=num_known)
+    if last.role == "user":
+        prompt.extend(opening.hint)
+    prompt.extend(template.border + opening.text)
+    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble)
+
+
+def render_remembered(
+    parts: Sequence[Part], template: Template, answer: str, *, first: bool, preamble: str = "", num_known: int = 0
+) -> tuple[tuple[Piece, ...], str]:
+    """Return the prompt and the answer that a conversation remembers if it is to forget what was thought in between.
+
+    They are what `render` makes of a history in which `answer` was said to `parts` without a thought; an empty one is
+    nothing after its opening. Raises as `render`.
+    """
+    prompt, _ = _history(parts, template, first=first, preamble=preamble, num_known=num_known)
+    prompt.extend(template.border + template.past_opening)
+    written = answer if template.verbatim else answer.strip()
+    return prompt.finish(), template.lead + written if written else ""
+
+
+def _history(
+    parts: Sequence[Part], template: Template, *, first: bool, preamble: str, num_known: int
+) -> tuple[_Pieces, bool]:
+    """Return the parts without the opening of a next answer, and whether the first piece is the preamble alone."""
     parts, offset = _with_preamble(parts, preamble, template)
     prompt = _Pieces()
     preamble_size = _preamble_size(parts, template) if first else 0
@@ -104,11 +129,7 @@ def render(
             prompt.answer(Answer(template.past_opening, template.lead + written if written else template.lead.rstrip()))
         else:
             prompt.extend(_turn(template, part, parts[place - 1] if place else None, field))
-    if last.role == "user":
-        prompt.extend(opening.hint)
-    prompt.extend(template.border + opening.text)
-    has_preamble = 0 < preamble_size < len(parts)
-    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble)
+    return prompt, 0 < preamble_size < len(parts)
 
 
 def _preamble_size(parts: Sequence[Part], template: Template) -> int:
