@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from server.api import chat, completions, conversations, health, models, responses, tokenize, transfers
+from server.api import chat, completions, conversations, health, models, responses, stored_chats, tokenize, transfers
 from server.api.operations import describe
 from server.errors import Answer, answer, answer_status
 from server.middleware import RequestScope, SizeLimits
@@ -20,7 +20,7 @@ from server.security import Authentication
 from server.services import Services
 from server.version import server_version
 
-FAMILIES = (completions, chat, responses, transfers, conversations, models, tokenize, health)
+FAMILIES = (completions, chat, stored_chats, responses, transfers, conversations, models, tokenize, health)
 ROUTERS = tuple(family.router for family in FAMILIES)
 
 

@@ -21,6 +21,7 @@ from server.conversations.open_ledger import open_ledger
 from server.conversations.transfers import Transfers
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
+from server.idempotency import Claims
 from server.metrics import HttpMetrics, Metrics
 from server.presence import Presence
 from server.pulse import Pulse
@@ -28,6 +29,7 @@ from server.responses.archive import Archive
 from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
+from server.stored_chats import StoredChats
 from server.templates import BUILTIN as BUILTIN_TEMPLATES
 from server.templates import choose as choose_template
 from server.tenants import Tenants
@@ -99,6 +101,8 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             drain=drain,
             presence=presence,
             archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            claims=Claims(ledger, presence),
+            stored_chats=StoredChats(ledger, settings.conversation_ttl_seconds),
             runs=Runs(drain, metrics.http),
             pulse=pulse,
         )

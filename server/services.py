@@ -23,8 +23,10 @@ from server.templates import Piece, Template
 from server.tenants import Tenants
 
 if TYPE_CHECKING:  # they work with services themselves
+    from server.idempotency import Claims
     from server.responses.archive import Archive
     from server.runs import Runs
+    from server.stored_chats import StoredChats
 
 # Encoding takes about 100 ns a character; longer texts leave the event loop.
 MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
@@ -60,6 +62,8 @@ class Services:
     drain: Drain
     presence: Presence
     archive: Archive
+    claims: Claims
+    stored_chats: StoredChats
     runs: Runs
     pulse: Pulse
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -22,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import Answer, answer, is_our_fault
 from server.frames import KEEP_ALIVE
-from server.generation import ChoiceEvent, Generation
+from server.generation import ChoiceEvent, Generation, Outcome
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,14 @@ async def _collect(generation: Generation, writer: ReplyWriter) -> None:
     await generation.aclose()
 
 
+def whole_reply(writer: ReplyWriter, outcomes: Iterable[Outcome]) -> bytes:
+    """Return what a fresh `writer` says of the outcomes, as JSON."""
+    for outcome in outcomes:
+        for event in outcome.events:
+            writer.add(event)
+    return _encoder.encode(writer.reply())
+
+
 def json_response(body: msgspec.Struct, status: int = 200) -> Response:
     """Return `body` as JSON."""
     return Response(_encoder.encode(body), status, media_type="application/json")
@@ -129,16 +138,27 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
 
 
+def told_of(error: Exception, metrics: HttpMetrics) -> Answer:
+    """Return what a reader is told of the error that ends a stream, which is being handled; count it, log a defect."""
+    told = answer(error)
+    metrics.errors.labels(told.code).inc()
+    if is_our_fault(error):
+        logger.exception("stream failed")
+    return told
+
+
 class RecordedStream(EventSourceResponse):
     """Frames of a recorded run; whoever leaves does not end it.
 
     Here many tokens share a frame or are long past, so the package's care for each event costs nothing that matters.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], metrics: HttpMetrics) -> None:
+    def __init__(
+        self, frames: AsyncIterator[bytes], metrics: HttpMetrics, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(
             frames,
-            headers=STREAM_HEADERS,
+            headers={**STREAM_HEADERS, **headers},
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=SEND_SECONDS,
@@ -214,14 +234,7 @@ class EventStream(Response):
             return self._writer.closing()
         except Exception as error:
             self._is_over = True
-            return self._writer.failure(self._told(error))
-
-    def _told(self, error: Exception) -> Answer:
-        told = answer(error)
-        self._metrics.errors.labels(told.code).inc()
-        if is_our_fault(error):
-            logger.exception("stream failed")
-        return told
+            return self._writer.failure(told_of(error, self._metrics))
 
     async def _send(self, send: Send, message: Message) -> None:
         self._sent_at = time.monotonic()

@@ -56,6 +56,9 @@ Include = Annotated[list[str] | None, Query(alias="include[]")]
 
 
 LINK = {"conversation_id": "$response.body#/id"}
+SAME = {"conversation_id": "$request.path.conversation_id"}
+ITEM = {**SAME, "item_id": "$response.body#/first_id"}
+ITEM_LINKS = {"retrieve_item": ITEM, "delete_item": ITEM, "list_items": SAME}
 
 
 @router.operation(
@@ -64,7 +67,18 @@ LINK = {"conversation_id": "$response.body#/id"}
     body=ConversationRequest,
     reply=ConversationReply,
     errors=[409],
-    links={"retrieve_conversation": LINK, "delete_conversation": LINK},
+    links=dict.fromkeys(
+        (
+            "retrieve_conversation",
+            "update_conversation",
+            "delete_conversation",
+            "create_items",
+            "list_items",
+            "fork_conversation",
+            "rewind_conversation",
+        ),
+        LINK,
+    ),
 )
 async def create_conversation(
     request: Request,
@@ -128,6 +142,7 @@ async def delete_conversation(conversation_id: Id, services: ServicesOf) -> Resp
     reply=ItemList,
     errors=[404, 409, 410, 412],
     headers=[IF_MATCH],
+    links=ITEM_LINKS,
 )
 async def create_items(
     request: Request,
@@ -143,7 +158,13 @@ async def create_items(
     return json_response(page_of(bodies, after=None, limit=len(bodies), newest_first=False))
 
 
-@router.operation("GET", "/v1/conversations/{conversation_id}/items", reply=ItemList, errors=[400, 404, 410])
+@router.operation(
+    "GET",
+    "/v1/conversations/{conversation_id}/items",
+    reply=ItemList,
+    errors=[400, 404, 410],
+    links=ITEM_LINKS,
+)
 async def list_items(
     conversation_id: Id,
     services: ServicesOf,
@@ -189,6 +210,7 @@ async def delete_item(request: Request, conversation_id: Id, item_id: str, servi
     body=ForkRequest,
     reply=ConversationReply,
     errors=[404, 409, 410],
+    links={"list_items": LINK, "delete_conversation": LINK},
 )
 async def fork_conversation(
     request: Request,

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.errors import ANSWERS, ErrorBody
+from server.idempotency import HEADER, MAX_KEY_CHARS
 from server.security import OPEN_PATHS
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -30,13 +31,20 @@ REFERENCE = "#/components/schemas/{name}"
 COMMON_ERRORS = (401, 429, 431, 500, 503)
 BODY_ERRORS = (400, 408, 413)
 # What a turn of a conversation may meet besides.
-TURN_ERRORS = (404, 409, 410, 412)
+TURN_ERRORS = (404, 409, 410, 412, 422)
 
 IF_MATCH: Schema = {
     "name": "If-Match",
     "in": "header",
     "description": "The version at which the conversation must be.",
     "schema": {"type": "string", "pattern": r'^("\d{1,9}"|\d{1,9})$'},
+}
+
+IDEMPOTENCY_KEY: Schema = {
+    "name": HEADER,
+    "in": "header",
+    "description": "Names the request, so that it is carried out once however often it is sent.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
 }
 
 HEADERS: Schema = {
