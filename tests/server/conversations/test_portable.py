@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from engine.token_chain import extend_digest, root_digest
 from server.conversations.history import History, root_of
 from server.conversations.ledger import Answer, Conversation, Turn
-from server.conversations.portable import FORMAT_VERSION, FileRejected, PortableFile, read, turns_of, write
+from server.conversations.portable import (
+    FORMAT_VERSION,
+    FileRejected,
+    PortableFile,
+    PortableLog,
+    PortableTurn,
+    read,
+    turns_of,
+    write,
+)
 from server.items import called, returned, said, thought
 
 TEMPLATES = {"world"}
@@ -250,3 +259,13 @@ def test_a_log_that_does_not_fit_together_is_refused(change: Callable[[dict[str,
 def test_an_unchanged_log_under_a_new_digest_is_read() -> None:
     """It is not the forging itself that is refused above."""
     assert len(all_of(read(forged(lambda log: None)), root_digest())) == 3
+
+
+def test_no_field_of_a_log_is_forgotten() -> None:
+    """A field that entries or conversations get is exported, or named here with what becomes of it."""
+    numbered_anew, asked_again = {"version", "parent_version"}, {"reply_id", "reply"}
+    assert set(PortableTurn.__struct_fields__) == set(Turn.__struct_fields__) - numbered_anew - asked_again
+    of_the_last_entry = {"version", "chain", "num_tokens"}
+    of_the_importer = {"conversation_id", "created_at", "ttl_seconds", "kind", "checkpoints"}
+    kept = set(Conversation.__struct_fields__) - of_the_last_entry - of_the_importer
+    assert set(PortableLog.__struct_fields__) == kept | {"id", "root", "turns", "state"}
