@@ -28,7 +28,7 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import edits, ledger, open_turn
+from server.conversations import edits, ledger, open_turn, portable, transfers
 from server.responses import errors as responses
 
 
@@ -232,6 +232,20 @@ ANSWERS: dict[type[Exception], Rule] = {
         404, REQUEST, "conversation_not_found", "There is no such conversation.", "conversation"
     ),
     ledger.DocumentNotFound: Rule(400, REQUEST, "invalid_value", "after: there is no such entry in the list.", "after"),
+    portable.FileRejected: Rule(400, REQUEST, "invalid_export"),
+    transfers.StateRejected: Rule(
+        400,
+        REQUEST,
+        "invalid_state",
+        "Nothing was imported: the state in the file is not the one after its log. Try without_state=true.",
+    ),
+    transfers.StoreNotShared: Rule(
+        400,
+        REQUEST,
+        "state_not_portable",
+        "This server keeps its states in memory: they can be neither exported nor imported.",
+        "include_state",
+    ),
     ledger.ConversationExpired: Rule(
         410, REQUEST, "conversation_expired", "The conversation was deleted or has expired.", "conversation"
     ),

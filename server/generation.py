@@ -135,7 +135,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
-        self._interruption: Exception | None = None
+        self.interruption: Exception | None = None  # why it is cancelled, if that is not because the reader left
         self.is_committing = False  # or has committed
         self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
@@ -146,9 +146,9 @@ class Generation:
         try:
             await work(self)
         except asyncio.CancelledError:
-            if self._interruption is None:
+            if self.interruption is None:
                 raise
-            raise self._interruption from None
+            raise self.interruption from None
         finally:
             self._drain.discard(self)
             self._has_ended = True
@@ -179,9 +179,12 @@ class Generation:
     # -- for the drain ------------------------------------------------------------------------------------------------
 
     def interrupt(self, error: Exception) -> None:
-        """End with `error`, unless the turn is already being committed."""
-        if not self.is_committing and not self._task.done():
-            self._interruption = error
+        """End with `error`, unless the turn is already being committed, or another error is ending it.
+
+        The work cleans up as it ends; a second interruption must not cut that short.
+        """
+        if not self.is_committing and not self._task.done() and self.interruption is None:
+            self.interruption = error
             self._task.cancel()
 
     # -- for the reader -----------------------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ class Presence:
                 self._task = None
 
     async def lives(self, owner: str) -> bool:
-        """Say whether the server called `owner` lives."""
-        return owner == self.owner or await self._ledger.get_document(KIND, owner) is not None
+        """Say whether the server called `owner` lives; of a ledger that is not shared no other can."""
+        if owner == self.owner or not self._ledger.is_shared:
+            return owner == self.owner
+        return await self._ledger.get_document(KIND, owner) is not None
 
     async def _keep(self) -> None:
         while True:

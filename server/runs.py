@@ -10,11 +10,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from server.drain import Drain
-from server.errors import answer
 from server.generation import Generation
 from server.metrics import HttpMetrics
 from server.responses.errors import ResponseCancelled
-from server.streaming import ReplyWriter
+from server.streaming import ReplyWriter, told_of
 
 KEEP_SECONDS = 300.0
 MAX_KEPT_BYTES = 64 << 20  # of ended runs; the oldest go first
@@ -26,33 +25,24 @@ class Run:
     """One generation, recorded frame by frame."""
 
     def __init__(self, generation: Generation, writer: ReplyWriter, metrics: HttpMetrics) -> None:
-        self.writer = writer
-        self.error: Exception | None = None  # what ended it early
         self.frames: list[bytes] = []
+        self.num_bytes = 0  # of the frames
         self.has_ended = False
+        self._writer = writer
         self._generation = generation
         self._metrics = metrics
         self._news = asyncio.Event()
 
-    @property
-    def num_bytes(self) -> int:
-        """How much its frames take."""
-        return sum(map(len, self.frames))
-
     async def record(self) -> None:
         """Follow the generation to its end."""
         try:
-            self._add(self.writer.opening())
+            self._add(self._writer.opening())
             while events := await self._generation.take():
                 for event in events:
-                    self.writer.add(event)
-                    self._add(self.writer.frames(event))
-            self._add(self.writer.closing())
+                    self._add(self._writer.frames(event))
+            self._add(self._writer.closing())
         except Exception as error:
-            self.error = error
-            told = answer(error)
-            self._metrics.errors.labels(told.code).inc()
-            self._add(self.writer.failure(told))
+            self._add(self._writer.failure(told_of(error, self._metrics)))
         finally:
             await self._generation.aclose()
             self.has_ended = True
@@ -80,6 +70,7 @@ class Run:
 
     def _add(self, data: bytes) -> None:
         self.frames += [part + END_OF_FRAME for part in data.split(END_OF_FRAME)[:-1]]
+        self.num_bytes += len(data)
         news, self._news = self._news, asyncio.Event()
         news.set()
 

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from engine.client import AsyncEngine
 from engine.messages import EngineReady
 from engine.tokenizer import Tokenizer
+from server.conversations.transfers import Transfers
 from server.conversations.turns import Turns
 from server.drain import Drain
 from server.metrics import Metrics
@@ -53,6 +54,7 @@ class Services:
     tenants: Tenants
     engine: AsyncEngine
     turns: Turns
+    transfers: Transfers
     tokenizer: Tokenizer
     template: Template
     metrics: Metrics

@@ -138,6 +138,15 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks)
 
 
+def told_of(error: Exception, metrics: HttpMetrics) -> Answer:
+    """Return what a reader is told of the error that ends a stream, which is being handled; count it, log a defect."""
+    told = answer(error)
+    metrics.errors.labels(told.code).inc()
+    if is_our_fault(error):
+        logger.exception("stream failed")
+    return told
+
+
 class RecordedStream(EventSourceResponse):
     """Frames of a recorded run; whoever leaves does not end it.
 
@@ -225,14 +234,7 @@ class EventStream(Response):
             return self._writer.closing()
         except Exception as error:
             self._is_over = True
-            return self._writer.failure(self._told(error))
-
-    def _told(self, error: Exception) -> Answer:
-        told = answer(error)
-        self._metrics.errors.labels(told.code).inc()
-        if is_our_fault(error):
-            logger.exception("stream failed")
-        return told
+            return self._writer.failure(told_of(error, self._metrics))
 
     async def _send(self, send: Send, message: Message) -> None:
         self._sent_at = time.monotonic()

@@ -76,6 +76,7 @@ class Router(APIRouter):
         path: str,
         *,
         body: type[BaseModel] | None = None,
+        file: str | None = None,
         reply: type[msgspec.Struct] | None = None,
         chunk: type[msgspec.Struct] | None = None,
         media_type: str | None = None,
@@ -86,10 +87,10 @@ class Router(APIRouter):
     ) -> Callable[[Endpoint], Endpoint]:
         """Return the decorator that serves `method` and `path`; the function's name is the operation's id.
 
-        `body` is what the request must be. The reply is a `reply`, a stream of `chunk`s, or something of `media_type`.
-        `errors` are the statuses it may have besides those any request may meet, `other_replies` what it says with
-        others. `headers` are those of requests that it heeds. `links` say which operations go on from its reply, and
-        where in it their parameters are.
+        `body` is what the request must be; or it is a `file` of that media type. The reply is a `reply`, a stream of
+        `chunk`s, or something of `media_type`. `errors` are the statuses it may have besides those any request may
+        meet, `other_replies` what it says with others. `headers` are those of requests that it heeds. `links` say which
+        operations go on from its reply, and where in it their parameters are.
         """
         self.bodies |= set() if body is None else {body}
         self.replies |= {struct for struct in (reply, chunk, *other_replies.values()) if struct is not None}
@@ -98,7 +99,7 @@ class Router(APIRouter):
         if links:
             success["links"] = {name: {"operationId": name, "parameters": dict(where)} for name, where in links.items()}
         is_open = path in OPEN_PATHS
-        statuses = () if is_open else (*COMMON_ERRORS, *(() if body is None else BODY_ERRORS), *errors)
+        statuses = () if is_open else (*COMMON_ERRORS, *(() if body is None and file is None else BODY_ERRORS), *errors)
         responses: dict[int | str, Schema] = {
             200: success,
             **{status: _response(_codes(status), _json(ErrorBody)) for status in sorted(statuses)},
@@ -110,6 +111,8 @@ class Router(APIRouter):
             extra["parameters"] = list(headers)
         if body is not None:
             extra["requestBody"] = {"required": True, "content": _json(body)}
+        elif file is not None:
+            extra["requestBody"] = {"required": True, "content": {file: {}}}
         return self.api_route(path, methods=[method], response_class=Response, responses=responses, openapi_extra=extra)
 
 

@@ -18,7 +18,12 @@ from server.api.replays import replayed
 from server.api.replies import page_of
 from server.api.requests import begin, check_model
 from server.conversations.history import scoped
-from server.conversations.ledger import LedgerError, LedgerUnavailable
+from server.conversations.ledger import (
+    ConversationBusy,
+    ConversationExpired,
+    ConversationNotFound,
+    LedgerUnavailable,
+)
 from server.errors import BadRequest, IdempotencyInProgress
 from server.frames import KEEP_ALIVE
 from server.idempotency import REPLAYED, Kept, key_of
@@ -182,8 +187,7 @@ async def _ended(services: Services, tenant: str, response_id: str) -> Stored:
         return await services.archive.find(tenant, response_id)
     if stored.response.background and stored.response.status in UNFINISHED:
         await services.archive.ask_for_end(tenant, response_id)
-        async for stored in services.archive.followed(tenant, response_id):
-            pass
+        stored = [stood async for stood in services.archive.followed(tenant, response_id)][-1]
     return stored
 
 
@@ -193,10 +197,22 @@ async def delete_response(request: Request, response_id: Id, services: ServicesO
     tenant = tenant_of(request)
     await _ended(services, tenant, response_id)
     stored = await services.archive.delete(tenant, response_id)
-    with contextlib.suppress(LedgerError):
-        if is_hidden(stored.log_id) and not await services.archive.is_asked_for(tenant, stored.log_id):
-            await services.turns.delete(stored.log_id)
+    if is_hidden(stored.log_id):
+        await _drop_log(services, tenant, stored)
     return json_response(ResponseDeleted(id=response_id))
+
+
+async def _drop_log(services: Services, tenant: str, deleted: Stored) -> None:
+    """Delete the log of a deleted response if that was the last to be found there, and nobody continues it now.
+
+    What is being continued stays; if that comes to nothing, until it expires.
+    """
+    is_forgotten = partial(services.archive.is_forgotten, tenant, deleted.log_id)
+    with contextlib.suppress(ConversationNotFound, ConversationExpired, ConversationBusy):
+        if deleted.response.status not in UNFINISHED:
+            await services.turns.delete_if(deleted.log_id, is_forgotten)
+        elif await is_forgotten():  # its own turn holds the log, and is not to be applied any more
+            await services.turns.delete(deleted.log_id)
 
 
 @router.operation("POST", "/v1/responses/{response_id}/cancel", reply=Response, errors=[400, 404])

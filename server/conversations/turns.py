@@ -15,7 +15,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -179,6 +179,15 @@ class Turns:
         for chain in chains | {head.chain}:
             self.engine.forget_state(chain)
         self._delete_checkpoints(head.checkpoints.values())
+
+    async def delete_if(self, conversation_id: str, is_unwanted: Callable[[], Awaitable[bool]]) -> None:
+        """As `delete`, if `is_unwanted` says so while nobody takes a turn; raises `ConversationBusy`, too."""
+        lease, _ = await self.ledger.acquire(conversation_id, self.owner, self.lease_seconds)
+        try:
+            if await is_unwanted():
+                await self.delete(conversation_id)
+        finally:
+            await self._release(lease)
 
     async def fork(
         self, conversation_id: str, fork_id: str, *, version: int | None = None, metadata: dict[str, str] | None = None

@@ -75,17 +75,23 @@ class Answering:
             try:
                 await self._answer(generation)
             except BaseException as error:
-                await asyncio.shield(self._note_failure(error))
+                await asyncio.shield(self._note_failure(generation.interruption or error))
                 raise
 
     @contextlib.asynccontextmanager
     async def _ended_from_elsewhere(self, generation: Generation) -> AsyncGenerator[None]:
         """Let other servers end a response in the background, which only this one could otherwise."""
-        if not self._body.background:
+        if not self._body.background or not self._services.turns.ledger.is_shared:
             yield
             return
         asked = asyncio.create_task(self._services.archive.asked_to_end(self._tenant, self.draft.response_id))
-        asked.add_done_callback(lambda task: None if task.cancelled() else generation.interrupt(ResponseCancelled()))
+
+        def interrupt(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                task.result()
+                generation.interrupt(ResponseCancelled())
+
+        asked.add_done_callback(interrupt)
         try:
             yield
         finally:

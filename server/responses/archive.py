@@ -141,9 +141,9 @@ class Archive:
                 return
             await asyncio.sleep(POLL_SECONDS)
 
-    async def is_asked_for(self, tenant: str, log_id: str) -> bool:
-        """Say whether any response of the log can still be found, newest first."""
+    async def is_forgotten(self, tenant: str, log_id: str) -> bool:
+        """Say whether no response of the log can be found any more; looks for the newest first."""
         for turn in reversed(await self._ledger.turns(log_id)):
             if turn.reply_id and await self._ledger.get_document(KIND, scoped(tenant, turn.reply_id)) is not None:
-                return True
-        return False
+                return False
+        return True

@@ -73,20 +73,18 @@ async def opened(
             else:
                 yield turn
                 return
-        log_id = _new_log_id(tenant)
-        borrowed: Mapping[int, CheckpointRef] = {}
-        if predecessor is not None:
-            borrowed = await turns.branch(predecessor.log_id, log_id, version=predecessor.version, kind=KIND)
-        async with _of_its_own(turns, log_id) as turn:
-            turn.borrow(borrowed)
-            yield turn
+        yield await stack.enter_async_context(_of_its_own(turns, _new_log_id(tenant), predecessor))
 
 
 @contextlib.asynccontextmanager
-async def _of_its_own(turns: Turns, log_id: str) -> AsyncGenerator[OpenTurn]:
+async def _of_its_own(turns: Turns, log_id: str, predecessor: Predecessor | None) -> AsyncGenerator[OpenTurn]:
     is_committed = False
+    borrowed: Mapping[int, CheckpointRef] = {}
     try:
+        if predecessor is not None:
+            borrowed = await turns.branch(predecessor.log_id, log_id, version=predecessor.version, kind=KIND)
         async with turns.open(ConversationSelector(log_id, create=True, kind=KIND)) as turn:
+            turn.borrow(borrowed)
             try:
                 yield turn
             finally:

@@ -124,7 +124,9 @@ def _history(
         if isinstance(part, Answer):
             prompt.answer(part)
         elif part.role == "assistant":
-            prompt.answer(Answer(template.past_opening, template.lead + _answer(template, part, field)))
+            written = _answer(template, part, field)
+            # An answer may have been empty; its opening is completed all the same, and no space hangs on to it.
+            prompt.answer(Answer(template.past_opening, template.lead + written if written else template.lead.rstrip()))
         else:
             prompt.extend(_turn(template, part, parts[place - 1] if place else None, field))
     return prompt, 0 < preamble_size < len(parts)
@@ -236,7 +238,7 @@ def _content(template: Template, message: Message, field: str) -> str:
     """Return the content as it stands in the prompt."""
     content = message.content if template.verbatim else _clean(message)
     field = f"{field}.content"
-    if not content and message.role != "tool":  # which may have nothing to say
+    if not content and message.role not in ("tool", "assistant"):  # which may have had nothing to say
         raise TemplateError(field, "the content is empty")
     if template.reserved and template.reserved in content:
         raise TemplateError(field, f"{template.reserved!r} marks the turns of this model and cannot be in a content")

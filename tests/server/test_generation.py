@@ -110,6 +110,30 @@ async def test_a_commit_is_not_interrupted() -> None:
     assert await read(generation) == [Started(0), Started(1)]
 
 
+async def test_a_second_interruption_does_not_cut_the_end_of_the_first_short() -> None:
+    """What the work does to end, it does to its end; the reader hears of what came first."""
+    may_end, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def work(generation: Generation) -> None:
+        generation.emit(Started(0))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+            has_ended.set()
+
+    generation = Generation(Drain(), Budget(Limits()), work)
+    await generation.admitted(timeout_seconds=60)
+    generation.interrupt(ServerDraining())
+    await asyncio.sleep(0)  # the work ends
+    generation.interrupt(BadRequest("n: too many.", "n"))
+    await asyncio.sleep(0)
+    may_end.set()
+    with pytest.raises(ServerDraining):
+        await read(generation)
+    assert has_ended.is_set()
+
+
 async def test_what_keeps_work_from_beginning_is_raised_before_the_first_byte() -> None:
     """So that it can become a status."""
 

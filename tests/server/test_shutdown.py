@@ -150,6 +150,20 @@ def test_a_reply_in_one_piece_is_cut_off_with_503(start: Start) -> None:
     assert wait(server) == 0
 
 
+def test_a_response_in_the_background_that_is_cut_off_says_why(start: Start) -> None:
+    """It is found as failed, for the same reason as its stream was told: nobody has cancelled it."""
+    server = start("--shutdown-timeout", "0.2")
+    endless = {"input": "hello", "background": True, "max_output_tokens": 8000, "ignore_eos": True}
+    made = httpx.post(f"{server.url}/v1/responses", json=endless, timeout=30).json()
+    while httpx.get(f"{server.url}/v1/responses/{made['id']}", timeout=30).json()["status"] == "queued":
+        time.sleep(0.01)
+    terminate(server)
+    assert wait(server) == 0
+    found = httpx.get(f"{start().url}/v1/responses/{made['id']}", timeout=30).json()
+    assert found["status"] == "failed"
+    assert found["error"]["code"] == "server_draining"
+
+
 def test_a_half_sent_body_does_not_keep_the_server(start: Start) -> None:
     """A client that never finishes its request is not waited for beyond the timeouts."""
     server = start("--shutdown-timeout", "0.2")

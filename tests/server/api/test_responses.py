@@ -242,7 +242,7 @@ def test_a_background_response_may_be_deleted_while_it_is_generated(client: open
 
 
 def test_a_chain_goes_on_from_its_state(http: httpx.Client) -> None:
-    """The whole history counts as input; what of it cost nothing is said, and the tokens are those of a conversation."""
+    """The history counts as input; what of it cost nothing is said, and the tokens are those of a conversation."""
     first = ask(http, "Hello.", temperature=0)
     second = ask(http, "How are you?", previous_response_id=first["id"], temperature=0)
     assert second["previous_response_id"] == first["id"]
@@ -373,6 +373,23 @@ def test_a_deleted_response_is_gone_for_everybody(http: httpx.Client) -> None:
     assert refused.status_code == 404
     third = ask(http, "And?", previous_response_id=second["id"])
     assert third["usage"]["input_tokens_details"]["cached_tokens"] == second["usage"]["total_tokens"]
+
+
+def test_a_response_may_be_deleted_while_the_next_is_generated(http: httpx.Client) -> None:
+    """The next has it as its history and ends as any other; when that is deleted, too, nothing is left."""
+    first = ask(http)
+    body = {"input": "And?", "previous_response_id": first["id"], "background": True, "max_output_tokens": 3000}
+    second = http.post("/v1/responses", json=body | ENDLESS).json()["id"]
+    while (found := http.get(f"/v1/responses/{second}").json())["status"] == "queued":
+        pass
+    assert http.delete(f"/v1/responses/{first['id']}").status_code == 200
+    assert http.get(f"/v1/responses/{second}").json()["status"] == "in_progress"
+    found = waited(http, second)
+    assert found["status"] == "incomplete", found["error"]
+    assert found["usage"]["input_tokens"] > first["usage"]["total_tokens"]
+    assert http.delete(f"/v1/responses/{second}").status_code == 200
+    refused = http.post("/v1/responses", json={"input": "x", "previous_response_id": second})
+    assert error_of(refused)["code"] == "previous_response_not_found"
 
 
 @pytest.mark.parametrize(
