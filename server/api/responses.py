@@ -86,7 +86,11 @@ async def create_response(
     if not body.background:
         return await respond(request, begin(), writer, services.metrics.http, stream=body.stream)
     await answering.announce("queued")
-    run = services.runs.start(answering.draft.response_id, begin, writer)
+    try:
+        run = services.runs.start(answering.draft.response_id, begin, writer)
+    except BaseException:
+        await answering.withdraw()
+        raise
     if body.stream:
         return RecordedStream(run.read(), services.metrics.http)
     return json_response(answering.draft.begun("queued"))
