@@ -21,6 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import (
     CheckpointError,
     CheckpointMissing,
+    CheckpointRejected,
     EngineDied,
     EngineDraining,
     EngineError,
@@ -34,6 +35,7 @@ from engine.errors import (
 from engine.launch import EngineHost, EngineMain, EngineProcess, EngineThread
 from engine.messages import (
     Abort,
+    AdoptCheckpoint,
     CheckpointFailed,
     CheckpointRef,
     CheckpointStored,
@@ -74,6 +76,7 @@ _FAILURES: dict[str, type[EngineError]] = {
 }
 _CHECKPOINT_FAILURES: dict[str, type[CheckpointError]] = {
     "not_kept": CheckpointMissing,
+    "missing": CheckpointMissing,
     "store_unavailable": StoreUnavailable,
 }
 
@@ -89,6 +92,7 @@ class AsyncEngine:
         self._ready: EngineReady | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
         self._saves: defaultdict[bytes, list[asyncio.Future[CheckpointStored]]] = defaultdict(list)  # oldest first
+        self._adoptions: dict[str, asyncio.Future[CheckpointStored]] = {}  # by the checkpoint to adopt
         self._drained: list[asyncio.Future[None]] = []
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._socket: zmq.asyncio.Socket | None = None
@@ -166,6 +170,19 @@ class AsyncEngine:
             return await stored
         finally:
             self._forget_save(chain, stored)
+
+    async def adopt_checkpoint(self, checkpoint: CheckpointRef, chain: bytes) -> CheckpointStored:
+        """Verify a stored state that came from elsewhere and write it anew, named by `chain`: see `AdoptCheckpoint`.
+
+        Raises `CheckpointRejected` if it is not what `checkpoint` says, another `CheckpointError`, or `EngineDied`.
+        """
+        stored: asyncio.Future[CheckpointStored] = asyncio.get_running_loop().create_future()
+        self._adoptions[checkpoint.checkpoint_id] = stored
+        try:
+            self._send(AdoptCheckpoint(checkpoint, chain))
+            return await stored
+        finally:
+            del self._adoptions[checkpoint.checkpoint_id]
 
     def forget_state(self, chain: bytes) -> None:
         """Drop a kept state from the engine's memory."""
@@ -255,12 +272,18 @@ class AsyncEngine:
                 if (mailbox := self._mailboxes.get(event.request_id)) is not None:
                     mailbox.put(event)
             elif isinstance(event, CheckpointStored):
-                _resolve(self._oldest_save(event.ref.chain), event)
+                _resolve(self._waiting_for(event.adopted, event.ref.chain), event)
             else:
-                _reject(self._oldest_save(event.chain), _checkpoint_failure(event))
+                _reject(self._waiting_for(event.adopted, event.chain), _checkpoint_failure(event))
         self.latest_stats = report.stats or self.latest_stats
         if self._on_report is not None:
             self._on_report(report)
+
+    def _waiting_for(self, adopted: str, chain: bytes) -> list[asyncio.Future[CheckpointStored]]:
+        """Return, as a list of at most one, who waits for a checkpoint."""
+        if not adopted:
+            return self._oldest_save(chain)
+        return [self._adoptions[adopted]] if adopted in self._adoptions else []
 
     def _oldest_save(self, chain: bytes) -> list[asyncio.Future[CheckpointStored]]:
         """Return, as a list of at most one, the save that an answer is for: every save has an answer of its own.
@@ -284,6 +307,7 @@ class AsyncEngine:
             mailbox.break_with(error)
         for saves in self._saves.values():
             _reject(saves, error)
+        _reject(self._adoptions.values(), error)
         _reject(self._drained, error)
 
     def _send(self, command: Command) -> None:
@@ -363,6 +387,8 @@ def _failure(failed: SequenceFailed) -> EngineError:
 
 
 def _checkpoint_failure(failed: CheckpointFailed) -> CheckpointError:
+    if failed.reason == "rejected":
+        return CheckpointRejected(failed.reason, failed.message)
     return _CHECKPOINT_FAILURES.get(failed.reason, CheckpointError)(failed.message)
 
 

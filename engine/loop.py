@@ -23,6 +23,7 @@ from engine.errors import EngineError
 from engine.messages import (
     PROTOCOL_VERSION,
     Abort,
+    AdoptCheckpoint,
     CheckpointFailed,
     CheckpointStored,
     Command,
@@ -47,6 +48,7 @@ from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler, SequenceEvent
+from engine.state.adoptions import Adoptions
 from engine.state.checkpointer import Checkpointer
 from engine.state.hot_states import HotStates
 from engine.state.prefix_store import PrefixStore
@@ -103,6 +105,7 @@ class EngineLoop:
             initial_states,
         )
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
+        self._adoptions = Adoptions(self._checkpointer)
         self._clients: set[bytes] = set()
         self._draining_clients: set[bytes] = set()
         self._drain_deadline: float | None = None
@@ -189,6 +192,8 @@ class EngineLoop:
                 self._scheduler.abort(client, request_id)
             case SaveState():
                 self._saves.add(client, command)
+            case AdoptCheckpoint():
+                self._adoptions.add(client, command)
             case ForgetState(chain=chain):
                 self._scheduler.forget(chain)
             case DeleteCheckpoints(checkpoint_ids=checkpoint_ids):
@@ -234,7 +239,7 @@ class EngineLoop:
     def _send_reports(self, step: StepStats | None) -> None:
         """Send every client one message with all that concerns it; silence lasts no longer than `STATS_SECONDS`."""
         events: defaultdict[bytes, list[SequenceEvent | CheckpointStored | CheckpointFailed]] = defaultdict(list)
-        for client, event in [*self._scheduler.take_events(), *self._saves.advance()]:
+        for client, event in [*self._scheduler.take_events(), *self._saves.advance(), *self._adoptions.take_done()]:
             events[client].append(event)
         now = self._clock()
         if step is None and not events and now < self._stats_due_at:
@@ -260,7 +265,7 @@ class EngineLoop:
             num_slots=scheduler.num_slots,
             num_hot_states=len(hot_states),
             hot_state_bytes=hot_states.num_bytes,
-            pending_checkpoints=self._saves.num_pending,
+            pending_checkpoints=self._saves.num_pending + self._adoptions.num_pending,
             counters={
                 **(scheduler.counters + self._prefixes.counters),
                 "rwkv_prefix_states_written_total": self._prefix_store.num_written,
@@ -285,7 +290,8 @@ class EngineLoop:
             self._scheduler.abort_all()
 
     def _answer_drains(self) -> None:
-        if self._scheduler.num_running or self._scheduler.num_waiting or self._saves.num_pending:
+        scheduler = self._scheduler
+        if scheduler.num_running or scheduler.num_waiting or self._saves.num_pending or self._adoptions.num_pending:
             return
         for client in list(self._draining_clients):
             self._draining_clients.discard(client)

@@ -167,6 +167,18 @@ class SaveState(msgspec.Struct, frozen=True, tag=True):
     copy_of: CheckpointRef | None = None
 
 
+class AdoptCheckpoint(msgspec.Struct, frozen=True, tag=True):
+    """Verify a stored state that came from elsewhere and write it under a fresh id: `CheckpointStored` or
+    `CheckpointFailed`, with its id in `adopted`.
+
+    It must be the state that `checkpoint` names, of the model being served; what is written has consumed the same
+    tokens and is named by `chain`, whose root may be another. Nothing of it is kept in memory, and `checkpoint` stays.
+    """
+
+    checkpoint: CheckpointRef
+    chain: bytes
+
+
 class ForgetState(msgspec.Struct, frozen=True, tag=True):
     """Drop the kept state behind `chain` from memory (a deleted conversation)."""
 
@@ -188,7 +200,7 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     timeout_seconds: float
 
 
-Command = Hello | Submit | Abort | SaveState | ForgetState | DeleteCheckpoints | Drain
+Command = Hello | Submit | Abort | SaveState | AdoptCheckpoint | ForgetState | DeleteCheckpoints | Drain
 
 
 # -- events: engine to client -----------------------------------------------------------------------------------------
@@ -266,6 +278,7 @@ class CheckpointStored(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ref: CheckpointRef
     save_seconds: float = 0.0
     tier: str = ""  # file | redis
+    adopted: str = ""  # the checkpoint that was adopted, if this is what came of that
 
 
 class CheckpointFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -273,8 +286,9 @@ class CheckpointFailed(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     chain: bytes
     num_tokens: int
-    reason: str  # a label: not_kept | store_unavailable | ...
+    reason: str  # a label: not_kept | store_unavailable | rejected | ...
     message: str
+    adopted: str = ""  # the checkpoint that should have been adopted, if that is what failed
 
 
 class Drained(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from server.api import chat, completions, conversations, health, models, responses, tokenize
+from server.api import chat, completions, conversations, health, models, responses, stored_chats, tokenize, transfers
 from server.api.operations import describe
 from server.errors import Answer, answer, answer_status
 from server.middleware import RequestScope, SizeLimits
@@ -20,7 +20,8 @@ from server.security import Authentication
 from server.services import Services
 from server.version import server_version
 
-ROUTERS = tuple(family.router for family in (completions, chat, responses, conversations, models, tokenize, health))
+FAMILIES = (completions, chat, stored_chats, responses, transfers, conversations, models, tokenize, health)
+ROUTERS = tuple(family.router for family in FAMILIES)
 
 
 def create_app(services: Services) -> FastAPI:
@@ -44,7 +45,10 @@ def create_app(services: Services) -> FastAPI:
         app.add_route("/openapi.json", _document_of(app))
     app.add_exception_handler(HTTPException, _answer_router)
     app.add_exception_handler(RequestValidationError, _answer_address)
-    app.add_middleware(SizeLimits, max_body_bytes=services.settings.max_body_bytes)  # the last added is the outermost
+    settings = services.settings
+    limits = {transfers.IMPORT_PATH: settings.max_import_bytes}
+    app.add_middleware(SizeLimits, max_body_bytes=settings.max_body_bytes, exceptions=limits)
+    # The last added is the outermost.
     app.add_middleware(Authentication, tenants=services.tenants)
     app.add_middleware(RequestScope, metrics=services.metrics.http, drain=services.drain)
     return app

@@ -13,11 +13,15 @@ from urllib.parse import urlsplit
 from engine.client import AsyncEngine
 from engine.launch import EngineHost, EngineProcess
 from engine.messages import StepReport
+from engine.state.open_store import open_store
+from engine.state.store import StateStore
 from engine.tokenizer import load as load_tokenizer
 from server.conversations.ledger import Ledger, LedgerUnavailable
 from server.conversations.open_ledger import open_ledger
+from server.conversations.transfers import Transfers
 from server.conversations.turns import ModelIdentity, Turns
 from server.drain import Drain
+from server.idempotency import Claims
 from server.metrics import HttpMetrics, Metrics
 from server.presence import Presence
 from server.pulse import Pulse
@@ -25,6 +29,8 @@ from server.responses.archive import Archive
 from server.runs import Runs
 from server.services import ServedModel, Services
 from server.settings import Settings, SettingsError
+from server.stored_chats import StoredChats
+from server.templates import BUILTIN as BUILTIN_TEMPLATES
 from server.templates import choose as choose_template
 from server.tenants import Tenants
 from server.version import server_version
@@ -73,6 +79,7 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             conversation_ttl_seconds=settings.conversation_ttl_seconds,
             max_checkpoints=settings.max_checkpoints,
         )
+        store = _shared_store(settings, stack)
         drain = Drain()
         presence = Presence(ledger)
         stack.push_async_callback(_settle, turns, drain)
@@ -84,6 +91,9 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             tenants=tenants,
             engine=engine,
             turns=turns,
+            transfers=Transfers(
+                turns, store, vocab_size=ready.vocab_size, templates={template.name, *BUILTIN_TEMPLATES}
+            ),
             tokenizer=tokenizer,
             template=template,
             metrics=metrics,
@@ -91,6 +101,8 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
             drain=drain,
             presence=presence,
             archive=Archive(ledger, presence, settings.conversation_ttl_seconds),
+            claims=Claims(ledger, presence),
+            stored_chats=StoredChats(ledger, settings.conversation_ttl_seconds),
             runs=Runs(drain, metrics.http),
             pulse=pulse,
         )
@@ -101,6 +113,18 @@ def _ledger(settings: Settings) -> Ledger:
         return open_ledger(settings.resolved_ledger_url)
     except ValueError as error:
         raise SettingsError([f"ledger_url: {error}"]) from error
+
+
+def _shared_store(settings: Settings, stack: AsyncExitStack) -> StateStore | None:
+    """Return the engine's state store, unless it lies in the engine's memory."""
+    if settings.resolved_state_url == "memory:":
+        return None
+    try:
+        store = open_store(settings.resolved_state_url)
+    except ValueError as error:
+        raise SettingsError([f"state_url: {error}"]) from error
+    stack.callback(store.close)
+    return store
 
 
 async def _settle(turns: Turns, drain: Drain) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from server.settings import DEFAULT_MODEL, Settings, SettingsError
+from server.settings import DEFAULT_MODEL, Settings, SettingsError, api_key_in_environment
 from server.version import server_version
 
 USAGE_ERROR = 2
@@ -25,6 +25,7 @@ PROGRAMS = {
     "tokenize": ("training", ["tokenize"], "make the vocabulary and the token tables of a training run"),
     "eval": ("training", ["eval"], "measure a model: LAMBADA, bits per byte, multiple choice, recall"),
     "export": ("training", ["export"], "write a training run's weights as a model to serve"),
+    "chat": ("chat", [], "talk to a server in this terminal"),
     "loadtest": ("loadtest", [], "hold many conversations with a server and report how long it took"),
 }
 
@@ -62,6 +63,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run_program(command: str, *arguments: str) -> int:
     """Run a command that lives outside this package, in this process, as `python -m` would."""
     module, words, _ = PROGRAMS[command]
+    if command == "chat" and (api_key := api_key_in_environment()) is not None:
+        words = [*words, f"--api-key={api_key}"]  # only within this process: no list of processes shows it
     sys.argv = [f"sostenuto {command}", *words, *arguments]
     runpy.run_module(module, run_name="__main__")
     return 0

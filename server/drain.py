@@ -34,6 +34,10 @@ class Drain:
         self._num_requests += 1
         self._idle.clear()
 
+    def keep(self) -> None:
+        """Count once more what is counted already, because it goes on without its request; `leave` ends it."""
+        self._num_requests += 1
+
     def leave(self) -> None:
         """Count a request out, when its answer is complete."""
         self._num_requests -= 1

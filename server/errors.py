@@ -8,6 +8,10 @@ ServerError
 ├── BodyTooLarge             more bytes than the operator allows; said while they arrive
 ├── BodyTooSlow              the body did not arrive in time
 ├── RateLimitExceeded        the key has used up what it may ask for
+├── ChatCompletionNotFound   no chat completion of that id is stored
+├── IdempotencyInProgress    a request with this Idempotency-Key is being carried out
+├── IdempotencyKeyReused     this Idempotency-Key was used for another body
+├── ReplyNotKept             the request was carried out, and its reply was too large to be kept
 └── ServerDraining           the server is shutting down; what had not finished was not applied
 
 Errors of the engine and of conversations keep their own trees; all meet in `ANSWERS`. An answer never repeats what the
@@ -24,7 +28,7 @@ import msgspec
 
 from engine import errors as engine
 from server import templates
-from server.conversations import edits, ledger, open_turn
+from server.conversations import edits, ledger, open_turn, portable, transfers
 from server.responses import errors as responses
 
 
@@ -68,6 +72,26 @@ class RateLimitExceeded(ServerError):
         self.resource = resource
         self.retry_after_seconds = retry_after_seconds
         super().__init__(f"This API key has used up its {resource}.")
+
+
+class ChatCompletionNotFound(ServerError):
+    """No chat completion of that id is stored."""
+
+
+class IdempotencyInProgress(ServerError):
+    """A request with this key is being carried out; its reply will have the id `reply_id`."""
+
+    def __init__(self, reply_id: str) -> None:
+        self.reply_id = reply_id
+        super().__init__("a request with this Idempotency-Key is being carried out")
+
+
+class IdempotencyKeyReused(ServerError):
+    """The key was used for a request with another body."""
+
+
+class ReplyNotKept(ServerError):
+    """The request with this key was carried out, but its reply was too large to be kept."""
 
 
 class ServerDraining(ServerError):
@@ -200,11 +224,28 @@ ANSWERS: dict[type[Exception], Rule] = {
     responses.PreviousResponseUnfinished: Rule(
         400, REQUEST, "previous_response_unfinished", "That response has no answer to continue.", "previous_response_id"
     ),
+    ChatCompletionNotFound: Rule(
+        404, REQUEST, "completion_not_found", "There is no such stored completion.", "completion_id"
+    ),
     UnknownModel: Rule(404, REQUEST, "model_not_found", "This server has no such model.", "model"),
     ledger.ConversationNotFound: Rule(
         404, REQUEST, "conversation_not_found", "There is no such conversation.", "conversation"
     ),
     ledger.DocumentNotFound: Rule(400, REQUEST, "invalid_value", "after: there is no such entry in the list.", "after"),
+    portable.FileRejected: Rule(400, REQUEST, "invalid_export"),
+    transfers.StateRejected: Rule(
+        400,
+        REQUEST,
+        "invalid_state",
+        "Nothing was imported: the state in the file is not the one after its log. Try without_state=true.",
+    ),
+    transfers.StoreNotShared: Rule(
+        400,
+        REQUEST,
+        "state_not_portable",
+        "This server keeps its states in memory: they can be neither exported nor imported.",
+        "include_state",
+    ),
     ledger.ConversationExpired: Rule(
         410, REQUEST, "conversation_expired", "The conversation was deleted or has expired.", "conversation"
     ),
@@ -259,6 +300,28 @@ ANSWERS: dict[type[Exception], Rule] = {
         "initial_state",
     ),
     ledger.VersionConflict: Rule(412, CONFLICT, "version_mismatch", None, "conversation", refine=_with_version),
+    IdempotencyInProgress: Rule(
+        409,
+        CONFLICT,
+        "idempotency_in_progress",
+        "A request with this Idempotency-Key is being carried out.",
+        "Idempotency-Key",
+        RETRY_SOON_SECONDS,
+    ),
+    IdempotencyKeyReused: Rule(
+        422,
+        REQUEST,
+        "idempotency_key_reused",
+        "This Idempotency-Key belongs to a request with another body.",
+        "Idempotency-Key",
+    ),
+    ReplyNotKept: Rule(
+        409,
+        CONFLICT,
+        "idempotency_reply_too_large",
+        "The request was carried out before; its reply was too large to be kept.",
+        "Idempotency-Key",
+    ),
     RateLimitExceeded: Rule(429, LIMIT, "rate_limit_exceeded", None, None, RETRY_SOON_SECONDS, refine=_with_wait),
     open_turn.LogCorrupt: CORRUPT,
     ledger.LedgerCorrupt: CORRUPT,

@@ -1,13 +1,14 @@
 """From a prompt to choices: what is generated for one request, as events that both forms of a reply are made of.
 
 A request generates in a task of its own, which lives no longer than its reader: when the client leaves, the task is
-cancelled, the engine aborts within a step and an open turn is not applied. A turn is committed before the event that
-says how it ended (promise P1).
+cancelled, the engine aborts within a step and an open turn is not applied. A client may ask that it be finished all the
+same (promise P3). A turn is committed before the event that says how it ended (promise P1).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from server.errors import ServerDraining
 from server.rate_limits import Budget
 from server.services import Services
 from server.templates import RenderedPrompt
+
+logger = logging.getLogger(__name__)
 
 # Events are msgspec structs because one is made for every token: a frozen dataclass takes five times as long.
 
@@ -77,6 +80,21 @@ ChoiceEvent = Started | Prompted | Delivered | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """One choice at its end: everything that its events say, in as few of them."""
+
+    prompted: Prompted
+    whole: Delivered
+    finished: Finished
+
+    @property
+    def events(self) -> tuple[ChoiceEvent, ...]:
+        """What a reader would hear who heard it all at once."""
+        said = (self.whole,) if self.whole.token_ids or self.whole.text else ()
+        return (Started(self.finished.index), self.prompted, *said, self.finished)
+
+
+@dataclass(frozen=True, slots=True)
 class ChoicePlan:
     """One choice to generate."""
 
@@ -97,16 +115,28 @@ class Generation:
     One reader takes their events; `aclose` when done, or the work goes on for nobody.
     """
 
-    def __init__(self, drain: Drain, budget: Budget, work: Callable[[Generation], Awaitable[None]]) -> None:
-        """Begin the work, at the cost of `budget`; raises `RateLimitExceeded`."""
+    def __init__(
+        self,
+        drain: Drain,
+        budget: Budget,
+        work: Callable[[Generation], Awaitable[None]],
+        *,
+        outlives_reader: bool = False,
+    ) -> None:
+        """Begin the work, at the cost of `budget`; raises `RateLimitExceeded`.
+
+        If it `outlives_reader`, closing lets it go on to its end, for nobody.
+        """
         budget.begin()
+        self._outlives_reader = outlives_reader
+        self._is_heard = True
         self._drain = drain
         self._budget = budget
         self._loop = asyncio.get_running_loop()
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
         self.interruption: Exception | None = None  # why it is cancelled, if that is not because the reader left
-        self._is_committing = False
+        self.is_committing = False  # or has committed
         self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
         self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
@@ -132,8 +162,9 @@ class Generation:
             self._budget.spend_tokens(len(event.prompt_ids))
         elif isinstance(event, Delivered):
             self._budget.spend_tokens(len(event.token_ids))
-        self._events.append(event)
-        self._wake_reader()
+        if self._is_heard:
+            self._events.append(event)
+            self._wake_reader()
 
     def _wake_reader(self) -> None:
         if self._arrival is not None:
@@ -143,7 +174,7 @@ class Generation:
 
     def begin_commit(self) -> None:
         """From here on the outcome is the ledger's: no interruption may claim that nothing was applied."""
-        self._is_committing = True
+        self.is_committing = True
 
     # -- for the drain ------------------------------------------------------------------------------------------------
 
@@ -152,7 +183,7 @@ class Generation:
 
         The work cleans up as it ends; a second interruption must not cut that short.
         """
-        if not self._is_committing and not self._task.done() and self.interruption is None:
+        if not self.is_committing and not self._task.done() and self.interruption is None:
             self.interruption = error
             self._task.cancel()
 
@@ -185,11 +216,24 @@ class Generation:
             await self._arrival
 
     async def aclose(self) -> None:
-        """End the work if it still runs, and wait for its end."""
+        """End the work if it still runs, and wait for its end; or leave it alone, if it is to outlive its reader."""
+        if self._outlives_reader and not self._task.done():
+            self._go_on_alone()
+            return
         self._task.cancel()
         await asyncio.wait([self._task])
         if not self._task.cancelled():
             self._task.exception()  # the reader has heard of it, or left
+
+    def _go_on_alone(self) -> None:
+        self._is_heard, self._events = False, []
+        self._drain.keep()  # its request has not ended with its answer
+        self._task.add_done_callback(self._ended_alone)
+
+    def _ended_alone(self, task: asyncio.Task[None]) -> None:
+        self._drain.leave()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("what a client had left to be finished failed", extra={"reason": type(error).__name__})
 
 
 # -- the work itself --------------------------------------------------------------------------------------------------
@@ -197,25 +241,27 @@ class Generation:
 
 async def generate_choices(
     services: Services, generation: Generation, tenant: str, plans: Sequence[ChoicePlan]
-) -> None:
-    """Generate independent choices, all at once, each from the empty history of `tenant` and its initial state."""
+) -> list[Outcome]:
+    """Generate independent choices, all at once, each from the empty history of `tenant` and its initial state.
+
+    Return them in order.
+    """
     try:
         async with asyncio.TaskGroup() as group:
-            for plan in plans:
-                group.create_task(_generate_choice(services, generation, tenant, plan))
+            tasks = [group.create_task(_generate_choice(services, generation, tenant, plan)) for plan in plans]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first to fail cancelled the others
+    return [task.result() for task in tasks]
 
 
-async def _generate_choice(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> None:
-    _, finished = await generate_alone(services, generation, tenant, plan)
-    generation.emit(finished)
+async def _generate_choice(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> Outcome:
+    outcome = await generate_alone(services, generation, tenant, plan)
+    generation.emit(outcome.finished)
+    return outcome
 
 
-async def generate_alone(
-    services: Services, generation: Generation, tenant: str, plan: ChoicePlan
-) -> tuple[Delivered, Finished]:
-    """Generate one choice from the empty history; return the whole answer and its end, which is not told yet.
+async def generate_alone(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> Outcome:
+    """Generate one choice from the empty history; its end is not told yet.
 
     Only prompts of the same tenant share states: what others have asked shows in no count and no delay.
     """
@@ -233,7 +279,7 @@ async def generate_alone(
     )
     choice = _Choice(services, generation, plan)
     finished = await _follow(choice, services.engine.generate(request))
-    return choice.whole, finished
+    return choice.outcome(finished)
 
 
 def _beginning(tenant: str, initial_state: InitialStateRef | None) -> StateSource:
@@ -257,14 +303,12 @@ def _with_end(plan: ChoicePlan) -> list[int]:
     return [*(border for border in plan.borders if border < last), *([last] if last else [])]
 
 
-async def generate_untold(
-    services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan
-) -> tuple[Delivered, Finished]:
+async def generate_untold(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> Outcome:
     """As `generate_alone`, after a conversation's history, which stays as it is."""
     choice = _Choice(services, generation, plan)
     events = _turn_events(services, turn, plan, keep_state=False)
     finished = await _follow(choice, events)
-    return choice.whole, msgspec.structs.replace(finished, receipt=turn.receipt)
+    return choice.outcome(msgspec.structs.replace(finished, receipt=turn.receipt))
 
 
 async def generate_turn(
@@ -272,10 +316,10 @@ async def generate_turn(
     generation: Generation,
     turn: OpenTurn,
     plan: ChoicePlan,
-    content_of: Callable[[Delivered, Finished], TurnContent],
+    content_of: Callable[[Outcome], TurnContent],
     remembered: Callable[[str], Awaitable[tuple[list[int], list[int]]]] | None = None,
 ) -> None:
-    """Generate the next turn of a conversation and commit it with what `content_of` makes of the whole answer.
+    """Generate the next turn of a conversation and commit it with what `content_of` makes of its outcome.
 
     `remembered`, if given, says of the answer's text what prompt and what answer the conversation is to remember
     instead, as tokens.
@@ -285,7 +329,7 @@ async def generate_turn(
     if remembered is not None:
         await turn.consume_instead(*await remembered(choice.whole.text))
     finished = msgspec.structs.replace(last, receipt=turn.receipt)
-    content = content_of(choice.whole, finished)
+    content = content_of(choice.outcome(finished))
     generation.begin_commit()
     await turn.commit(content)
     generation.emit(finished)
@@ -324,7 +368,7 @@ class _Choice:
         self._clock = services.metrics.engine.watch(len(plan.prompt_ids))
         self._detokenizer = Detokenizer(services.tokenizer)
         self._prompt_logprobs: list[TokenLogprobs | None] = []
-        self._is_prompted = False
+        self._prompt: Prompted | None = None
         self._num_cached_tokens = 0
         self._last: SequenceOutput | None = None
         self._delivered: list[Delivered] = []
@@ -340,7 +384,7 @@ class _Choice:
         is_last = event.finish_reason is not None
         if event.prompt_logprobs:
             self._prompt_logprobs += [entry for entry in event.prompt_logprobs if entry is not None]
-        if not self._is_prompted and (event.token_ids or is_last):
+        if self._prompt is None and (event.token_ids or is_last):
             self._prompted()
         text = self._detokenizer.push(event.token_ids)
         if is_last:
@@ -353,10 +397,10 @@ class _Choice:
             self._generation.emit(delivered)
 
     def _prompted(self) -> None:
-        self._is_prompted = True
         asked = self._plan.num_prompt_logprobs is not None
         logprobs = [None, *self._prompt_logprobs] if asked else None
-        self._generation.emit(Prompted(self._plan.index, self._plan.prompt_ids, logprobs))
+        self._prompt = Prompted(self._plan.index, self._plan.prompt_ids, logprobs)
+        self._generation.emit(self._prompt)
 
     def finished(self) -> Finished:
         """Return how it ended; raises `ServerDraining` if the engine cut it short."""
@@ -377,6 +421,11 @@ class _Choice:
             num_kept_tokens=last.num_kept_tokens,
             stop_logprobs=last.stop_logprobs,
         )
+
+    def outcome(self, finished: Finished) -> Outcome:
+        """Return everything, with its end."""
+        assert self._prompt is not None, "told before the end"
+        return Outcome(self._prompt, self.whole, finished)
 
     @property
     def whole(self) -> Delivered:

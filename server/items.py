@@ -19,76 +19,101 @@ from server.templates import Answer as WrittenAnswer
 from server.templates import AnswerText, Message, Part, TemplateError, ToolCall
 
 
-class TextContent(msgspec.Struct, frozen=True, kw_only=True):
+class TextContent(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="input_text"
+):
     """What a client said."""
 
-    type: str = "input_text"
     text: str
 
 
-class OutputContent(msgspec.Struct, frozen=True, kw_only=True):
+class OutputContent(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="output_text"
+):
     """What the model said."""
 
-    type: str = "output_text"
     text: str
     annotations: list[Any] = []
     logprobs: list[Any] = []
 
 
-class MessageBody(msgspec.Struct, frozen=True, kw_only=True):
+class MessageBody(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="message"
+):
     """A message. The role `unknown` is of text that was continued as it stands, without a template."""
 
     id: str
-    type: str = "message"
     status: str = "completed"
     role: str
     content: list[TextContent | OutputContent]
 
 
-class ReasoningText(msgspec.Struct, frozen=True, kw_only=True):
+class ReasoningText(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="reasoning_text"
+):
     """What the model thought."""
 
-    type: str = "reasoning_text"
     text: str
 
 
-class ReasoningBody(msgspec.Struct, frozen=True, kw_only=True):
+class ReasoningBody(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="reasoning"
+):
     """A thought, apart from what was said."""
 
     id: str
-    type: str = "reasoning"
     status: str = "completed"
     summary: list[Any] = []
     content: list[ReasoningText]
 
 
-class FunctionCallBody(msgspec.Struct, frozen=True, kw_only=True):
+class FunctionCallBody(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function_call"
+):
     """A call of a tool by the model."""
 
     id: str
-    type: str = "function_call"
     status: str = "completed"
     call_id: str
     name: str
     arguments: str
 
 
-class FunctionOutputBody(msgspec.Struct, frozen=True, kw_only=True):
+class FunctionOutputBody(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="function_call_output"
+):
     """What a tool answered."""
 
     id: str
-    type: str = "function_call_output"
     status: str = "completed"
     call_id: str
     output: str
 
 
+ROLES = frozenset({"user", "system", "developer", "assistant", "unknown"})
+
+Body = MessageBody | ReasoningBody | FunctionCallBody | FunctionOutputBody
+
 _encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Body)
 
 
 def item_of(body: msgspec.Struct, item_id: str, answer_id: str = "") -> Item:
     """Return `body`, whose id is `item_id`, as an item."""
     return Item(item_id=item_id, body=_encoder.encode(body), answer_id=answer_id)
+
+
+def item_from(body: bytes | msgspec.Raw, answer_id: str = "") -> Item:
+    """Return an item that was kept elsewhere; raises `ValueError` for what is no item of ours."""
+    try:
+        read: Body = _decoder.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not read.id:
+        raise ValueError("it has no id")
+    if isinstance(read, MessageBody) and read.role not in ROLES:
+        raise ValueError("nobody has that role")
+    return item_of(read, read.id, answer_id)
 
 
 def new_id(prefix: str) -> str:

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
@@ -167,9 +167,10 @@ class SizeLimits:
     Raises `HeadTooLarge`, and `BodyTooLarge` at the byte that is too much.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, exceptions: Mapping[str, int]) -> None:
         self.app = app
         self._max_body_bytes = max_body_bytes
+        self._exceptions = exceptions  # by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a counting `receive`."""
@@ -179,8 +180,9 @@ class SizeLimits:
         head = (scope["raw_path"], scope["query_string"], *(part for header in scope["headers"] for part in header))
         if sum(map(len, head)) > MAX_HEAD_BYTES:
             raise HeadTooLarge
+        max_body_bytes = self._exceptions.get(scope["path"], self._max_body_bytes)
         announced = [value for name, value in scope["headers"] if name == b"content-length"]
-        if announced and announced[0].isdigit() and int(announced[0][:20]) > self._max_body_bytes:
+        if announced and announced[0].isdigit() and int(announced[0][:20]) > max_body_bytes:
             raise BodyTooLarge
         num_bytes = 0
 
@@ -188,7 +190,7 @@ class SizeLimits:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
+            if num_bytes > max_body_bytes:
                 raise BodyTooLarge
             return message
 

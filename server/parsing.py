@@ -25,7 +25,7 @@ def json_body(model: type[RequestBody]) -> Callable[[Request], Awaitable[Request
     """Return the FastAPI dependency that reads the request's body as a `model`; raises `BadRequest`."""
 
     async def read(request: Request) -> RequestBody:
-        data = await _read_body(request, request.app.state.services.settings.body_seconds)
+        data = await body_of(request)
         if len(data) <= MAX_BYTES_PARSED_ON_LOOP:
             return parse_body(model, data)
         return await asyncio.to_thread(parse_body, model, data)
@@ -33,9 +33,10 @@ def json_body(model: type[RequestBody]) -> Callable[[Request], Awaitable[Request
     return read
 
 
-async def _read_body(request: Request, timeout_seconds: float) -> bytes:
+async def body_of(request: Request) -> bytes:
+    """Return the request's body as it is; raises `BodyTooSlow`."""
     try:
-        async with asyncio.timeout(timeout_seconds):
+        async with asyncio.timeout(request.app.state.services.settings.body_seconds):
             return await request.body()
     except TimeoutError:
         raise BodyTooSlow from None

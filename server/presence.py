@@ -32,7 +32,10 @@ class Presence:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncGenerator[None]:
-        """Be known to live; raises `LedgerUnavailable` if nobody can be told."""
+        """Be known to live, to those who share the ledger; raises `LedgerUnavailable` if they cannot be told."""
+        if not self._ledger.is_shared:
+            yield
+            return
         if self._num_holders == 0:
             await self._beat()
         self._num_holders += 1
@@ -47,8 +50,10 @@ class Presence:
                 self._task = None
 
     async def lives(self, owner: str) -> bool:
-        """Say whether the server called `owner` lives."""
-        return owner == self.owner or await self._ledger.get_document(KIND, owner) is not None
+        """Say whether the server called `owner` lives; of a ledger that is not shared no other can."""
+        if owner == self.owner or not self._ledger.is_shared:
+            return owner == self.owner
+        return await self._ledger.get_document(KIND, owner) is not None
 
     async def _keep(self) -> None:
         while True:

@@ -7,7 +7,7 @@ readers whose connection broke; they live in this process only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from server.drain import Drain
 from server.generation import Generation
@@ -84,11 +84,11 @@ class Runs:
         self._runs: dict[str, Run] = {}  # oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, run_id: str, generate: Callable[[], Generation], writer: ReplyWriter) -> Run:
+    async def start(self, run_id: str, generate: Callable[[], Awaitable[Generation]], writer: ReplyWriter) -> Run:
         """Begin a run; raises `ServerDraining`, and what `generate` raises."""
         self._drain.enter()
         try:
-            run = Run(generate(), writer, self._metrics)
+            run = Run(await generate(), writer, self._metrics)
         except BaseException:
             self._drain.leave()
             raise

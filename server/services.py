@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from engine.client import AsyncEngine
 from engine.messages import EngineReady
 from engine.tokenizer import Tokenizer
+from server.conversations.transfers import Transfers
 from server.conversations.turns import Turns
 from server.drain import Drain
 from server.metrics import Metrics
@@ -22,8 +23,10 @@ from server.templates import Piece, Template
 from server.tenants import Tenants
 
 if TYPE_CHECKING:  # they work with services themselves
+    from server.idempotency import Claims
     from server.responses.archive import Archive
     from server.runs import Runs
+    from server.stored_chats import StoredChats
 
 # Encoding takes about 100 ns a character; longer texts leave the event loop.
 MAX_CHARS_ENCODED_ON_LOOP = 1 << 14
@@ -51,6 +54,7 @@ class Services:
     tenants: Tenants
     engine: AsyncEngine
     turns: Turns
+    transfers: Transfers
     tokenizer: Tokenizer
     template: Template
     metrics: Metrics
@@ -58,6 +62,8 @@ class Services:
     drain: Drain
     presence: Presence
     archive: Archive
+    claims: Claims
+    stored_chats: StoredChats
     runs: Runs
     pulse: Pulse
 

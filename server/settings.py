@@ -85,6 +85,7 @@ class Settings(BaseSettings):
         8192, description="most tokens one choice may generate; the limit of a chat that names none"
     )
     max_body_bytes: PositiveInt = Field(4 << 20, description="largest request body")
+    max_import_bytes: PositiveInt = Field(64 << 20, description="largest conversation that can be imported as a file")
     body_seconds: PositiveFloat = Field(30.0, description="time a client may take to send its body")
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running turns get to finish after SIGTERM")
 
@@ -273,6 +274,11 @@ def _problem(part: dict[str, Any]) -> str:
         return str(part["ctx"]["error"])
     name = ".".join(str(step) for step in part["loc"])
     return f"{name}: " + ("there is no such setting" if part["type"] == "extra_forbidden" else part["msg"])
+
+
+def api_key_in_environment() -> str | None:
+    """Return the API key that a client of a server finds in the environment, under the server's own name for it."""
+    return os.environ.get(ENV_PREFIX + "API_KEY") or None
 
 
 def _config_from_environment() -> Path | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -22,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import Answer, answer, is_our_fault
 from server.frames import KEEP_ALIVE
-from server.generation import ChoiceEvent, Generation
+from server.generation import ChoiceEvent, Generation, Outcome
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,14 @@ async def _collect(generation: Generation, writer: ReplyWriter) -> None:
     await generation.aclose()
 
 
+def whole_reply(writer: ReplyWriter, outcomes: Iterable[Outcome]) -> bytes:
+    """Return what a fresh `writer` says of the outcomes, as JSON."""
+    for outcome in outcomes:
+        for event in outcome.events:
+            writer.add(event)
+    return _encoder.encode(writer.reply())
+
+
 def json_response(body: msgspec.Struct, status: int = 200) -> Response:
     """Return `body` as JSON."""
     return Response(_encoder.encode(body), status, media_type="application/json")
@@ -144,10 +153,12 @@ class RecordedStream(EventSourceResponse):
     Here many tokens share a frame or are long past, so the package's care for each event costs nothing that matters.
     """
 
-    def __init__(self, frames: AsyncIterator[bytes], metrics: HttpMetrics) -> None:
+    def __init__(
+        self, frames: AsyncIterator[bytes], metrics: HttpMetrics, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__(
             frames,
-            headers=STREAM_HEADERS,
+            headers={**STREAM_HEADERS, **headers},
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             send_timeout=SEND_SECONDS,

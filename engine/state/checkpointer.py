@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+import msgspec
 
 from engine.errors import CheckpointError, CheckpointMissing, CheckpointRejected
 from engine.messages import CheckpointRef, CheckpointStored
@@ -67,6 +70,13 @@ class Checkpointer:
         """Read the first of `refs` that is there; the future raises as that of `fetch` does, once none is left."""
         return self._submit(self._readers, self._fetch_first, refs)
 
+    def adopt(self, ref: CheckpointRef, chain: bytes) -> Future[CheckpointStored]:
+        """Verify the state that `ref` names, which came from elsewhere, and write it under a fresh id as `chain`'s.
+
+        The future raises as that of `fetch` and of `save`; what is rejected stays where it is, for it was never ours.
+        """
+        return self._submit(self._writers, self._adopt, ref, chain)
+
     def delete(self, checkpoint_ids: Iterable[str]) -> None:
         """Remove checkpoints, some time soon. What cannot be removed expires by itself."""
         for checkpoint_id in checkpoint_ids:
@@ -119,6 +129,13 @@ class Checkpointer:
             _log.error("checkpoint %s is rejected (%s): %s", ref.checkpoint_id, error.reason, error)
             self._quarantine(ref.checkpoint_id)
             raise
+
+    def _adopt(self, ref: CheckpointRef, chain: bytes) -> CheckpointStored:
+        state = decode_state(self._store.get(ref.checkpoint_id), self._spec, ref)
+        if not state.is_finite:
+            raise CheckpointRejected("numbers", "not all of it are numbers")
+        stored = self._save(replace(state, chain=chain), secrets.token_hex(16))
+        return msgspec.structs.replace(stored, adopted=ref.checkpoint_id)
 
     def _quarantine(self, checkpoint_id: str) -> None:
         try:

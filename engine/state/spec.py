@@ -54,6 +54,11 @@ class RecurrentState:
         """Size of the tensors' data."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers: no model makes anything else."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
+
     def matches(self, wanted: StateSource | CheckpointRef) -> bool:
         """Say whether this is the state that `wanted` names."""
         return (self.num_tokens, self.chain) == (wanted.num_tokens, wanted.chain)

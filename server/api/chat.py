@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import cached_property, partial
 from typing import Annotated
 
 import msgspec
@@ -10,21 +14,35 @@ from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
-from server.api.operations import IF_MATCH, TURN_ERRORS, Router
-from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
+from server.api.operations import IDEMPOTENCY_KEY, IF_MATCH, TURN_ERRORS, Router
+from server.api.replays import chat_frames, replayed
+from server.api.replies import (
+    Identity,
+    Meter,
+    ThoughtCounter,
+    clamped,
+    finish_reason,
+    most_likely,
+    new_reply_id,
+    stop_reason,
+)
 from server.api.requests import (
+    Remembered,
     answering,
+    begin,
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
-    grammar_named,
     initial_state_of,
     limited,
     with_choice,
+    with_reply,
+    without_thought,
 )
-from server.conversations.ledger import Conversation, Item
+from server.conversations.ledger import Conversation, Item, LedgerError
 from server.conversations.open_turn import Base, ModelMismatch, OpenTurn, TurnContent
+from server.conversations.turns import ConversationSelector
 from server.errors import Answer
 from server.frames import DONE, FrameTemplate, frame
 from server.generation import (
@@ -33,12 +51,14 @@ from server.generation import (
     Delivered,
     Finished,
     Generation,
+    Outcome,
     Prompted,
     Started,
     borders_of,
     generate_choices,
     generate_turn,
 )
+from server.idempotency import Attempt, Kept, key_of
 from server.items import AnswerIds, answered, called, new_id, parts_of, returned, said
 from server.parsing import json_body
 from server.schemas import chat as schemas
@@ -56,13 +76,15 @@ from server.schemas.chat import (
     ToolCallDelta,
     TopLogprob,
 )
-from server.services import ServedModel, Services, ServicesOf
-from server.streaming import respond
+from server.services import Services, ServicesOf
+from server.streaming import respond, whole_reply
 from server.templates import (
     BUILTIN,
     AnswerReader,
     AnswerText,
     Message,
+    Opening,
+    Part,
     RenderedPrompt,
     Template,
     ToolCall,
@@ -70,7 +92,7 @@ from server.templates import (
     render,
     tools_text,
 )
-from server.tenants import budget_of, tenant_of
+from server.tenants import tenant_of
 
 router = Router()
 
@@ -82,7 +104,7 @@ router = Router()
     reply=ChatCompletion,
     chunk=ChatChunk,
     errors=TURN_ERRORS,
-    headers=[IF_MATCH],
+    headers=[IF_MATCH, IDEMPOTENCY_KEY],
 )
 async def create_chat_completion(
     request: Request, body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], services: ServicesOf
@@ -91,29 +113,88 @@ async def create_chat_completion(
     check_model(body.model, services)
     version = expected_version(request, body)
     planner = Planner(services, body)
-    writer = ChatWriter(services.model, services.tokenizer, body)
+    selector = conversation_of(body, services, tenant_of(request))
+    key = await key_of(request, "" if selector is None else selector.conversation_id)
+    attempt = await services.claims.attempt(key, new_reply_id("chatcmpl"))
+    if isinstance(attempt, Kept):
+        frames = partial(chat_frames, include_usage=body.stream_options.include_usage)
+        return replayed(attempt.reply, frames, stream=body.stream)
+    writer = ChatWriter(Identity(attempt.reply_id, services.model), services.tokenizer, body)
+    work = Work(services, body, tenant_of(request), planner, attempt, writer)
+    answer = work.alone if selector is None else partial(work.turn, selector, version)
+    generation = await begin(request, services, body, attempt, answer)
+    return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
-    async def work(generation: Generation) -> None:
-        with grammar_named(body):
-            await generate(generation)
 
-    async def generate(generation: Generation) -> None:
-        selector = conversation_of(body, services, tenant_of(request))
-        if selector is None:
-            prompt = planner.render(services.template)
-            writer.expect(prompt)
-            await generate_choices(services, generation, tenant_of(request), await planner.plans(prompt))
+class Work:
+    """The work of one request: from its messages to answers that are kept where they are to be."""
+
+    def __init__(
+        self,
+        services: Services,
+        body: ChatRequest,
+        tenant: str,
+        planner: Planner,
+        attempt: Attempt,
+        writer: ChatWriter,
+    ) -> None:
+        self._services = services
+        self._body = body
+        self._tenant = tenant
+        self._planner = planner
+        self._attempt = attempt
+        self._writer = writer
+
+    async def alone(self, generation: Generation) -> None:
+        """Answer without a conversation."""
+        planner, body = self._planner, self._body
+        prompt = planner.render(self._services.template)
+        self._writer.expect(prompt)
+        outcomes = await generate_choices(self._services, generation, self._tenant, await planner.plans(prompt))
+        if not (body.store or self._attempt.has_key):
             return
-        async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
+        reply = whole_reply(self._writer.again(), outcomes)
+        if body.store:
+            await self._services.stored_chats.put(
+                self._tenant, self._attempt.reply_id, body.metadata, reply, planner.inputs
+            )
+        if self._attempt.has_key:
+            await self._attempt.keep(reply)
+
+    async def turn(self, selector: ConversationSelector, version: int | None, generation: Generation) -> None:
+        """Take the next turn of a conversation, which must be at `version` if that is given."""
+        services, planner = self._services, self._planner
+        queue_seconds = self._body.queue_ms / 1000
+        async with services.turns.open(selector, if_match=version, queue_seconds=queue_seconds) as turn:
+            await self._attempt.enter(turn.conversation.conversation_id)
             template = template_of(turn.conversation, services)
             base = await turn.base(planner.preamble(template))
             prompt = planner.render(template, base)
-            writer.expect(prompt)
+            self._writer.expect(prompt)
             plan = (await planner.plans(prompt))[0]
-            await generate_turn(services, generation, turn, plan, planner.content_of(turn, prompt, writer.call_ids[0]))
+            forgets = prompt.opening.thinking and not self._body.keep_reasoning
+            remembered = planner.without_thought(template, base, prompt) if forgets else None
+            opening = Opening(template.past_opening) if forgets else prompt.opening
+            content = planner.content_of(turn, prompt, opening, self._writer.call_ids[0])
+            content = with_reply(content, self._attempt, self._writer.again, is_stored=self._body.store)
+            async with self._stored(generation, turn):
+                await generate_turn(services, generation, turn, plan, content, remembered)
 
-    generation = Generation(services.drain, budget_of(request), work)
-    return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
+    @contextlib.asynccontextmanager
+    async def _stored(self, generation: Generation, turn: OpenTurn) -> AsyncGenerator[None]:
+        """Let the turn be found as a stored completion, unless it certainly came to nothing."""
+        if not self._body.store:
+            yield
+            return
+        stored, reply_id = self._services.stored_chats, self._attempt.reply_id
+        await stored.expect(self._tenant, reply_id, self._body.metadata, turn.conversation.conversation_id)
+        try:
+            yield
+        except BaseException:
+            if not generation.is_committing:
+                with contextlib.suppress(LedgerError):  # then it leads nowhere until it expires
+                    await asyncio.shield(stored.forget(self._tenant, reply_id))
+            raise
 
 
 def template_of(head: Conversation, services: Services) -> Template:
@@ -142,6 +223,11 @@ class Planner:
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
         self._initial_state = initial_state_of(body.initial_state, services)
 
+    @cached_property
+    def inputs(self) -> list[Item]:
+        """The messages as items."""
+        return [item for message in self._body.messages for item in _items(message)]
+
     def preamble(self, template: Template) -> str:
         """Return the system text that a history with these tools begins with; raises `TemplateError`."""
         toolbox = self._body.toolbox
@@ -153,31 +239,47 @@ class Planner:
         Raises `TemplateError`.
         """
         toolbox = self._body.toolbox
-        before = [] if base is None else parts_of(base.items, base.answers)
-        first = base is None or base.num_tokens == 0
+        parts, first, num_known = self._parts(base)
         return render(
-            [*before, *map(_message, self._body.messages)],
+            parts,
             template,
             first=first,
             reasoning_effort=self._body.reasoning_effort,
             preamble=self.preamble(template) if first else "",
             must_call=toolbox is not None and toolbox.must_call,
-            num_known=len(before),
+            num_known=num_known,
         )
 
-    def content_of(
-        self, turn: OpenTurn, prompt: RenderedPrompt, call_id: str
-    ) -> Callable[[Delivered, Finished], TurnContent]:
-        """Return what makes a turn's content of the whole answer to `prompt`."""
+    def without_thought(self, template: Template, base: Base, prompt: RenderedPrompt) -> Remembered:
+        """Return what says what is remembered in place of `prompt` and an answer with a thought."""
+        parts, first, num_known = self._parts(base)
+        preamble = self.preamble(template) if first else ""
+        return without_thought(
+            self._services, template, prompt, parts, first=first, preamble=preamble, num_known=num_known
+        )
 
-        def content(whole: Delivered, finished: Finished) -> TurnContent:
-            answer = read_answer(whole.text, prompt.opening, self._body.toolbox)
-            is_complete = finished.reason is not FinishReason.LENGTH
-            inputs = [item for message in self._body.messages for item in _items(message)]
+    def _parts(self, base: Base | None) -> tuple[list[Part], bool, int]:
+        """Return what is to be rendered, whether it begins the history, and how much of it was said before."""
+        before = [] if base is None else parts_of(base.items, base.answers)
+        return [*before, *map(_message, self._body.messages)], base is None or base.num_tokens == 0, len(before)
+
+    def content_of(
+        self, turn: OpenTurn, prompt: RenderedPrompt, opening: Opening, call_id: str
+    ) -> Callable[[Outcome], TurnContent]:
+        """Return what makes a turn's content of the whole answer to `prompt`, remembered after `opening`.
+
+        If no thought was opened there, none is remembered.
+        """
+
+        def content(outcome: Outcome) -> TurnContent:
+            answer = read_answer(outcome.whole.text, prompt.opening, self._body.toolbox)
+            if not opening.thinking:
+                answer = dataclasses.replace(answer, reasoning="")
+            ids, is_complete = AnswerIds(call=call_id), outcome.finished.reason is not FinishReason.LENGTH
             return TurnContent(
-                items=[*inputs, *answered(answer, turn.answer_id, AnswerIds(call=call_id), is_complete=is_complete)],
-                opening=prompt.opening.text,
-                hint=prompt.opening.hint,
+                items=[*self.inputs, *answered(answer, turn.answer_id, ids, is_complete=is_complete)],
+                opening=opening.text,
+                hint=opening.hint,
             )
 
         return content
@@ -221,12 +323,16 @@ def _message(message: schemas.Message) -> Message:
 class ChatWriter:
     """What a chat completion says."""
 
-    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: ChatRequest) -> None:
+    def __init__(
+        self, identity: Identity, tokenizer: Tokenizer, body: ChatRequest, call_ids: list[str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("chatcmpl", model)
+        self._identity = identity
         self._meter = Meter(body.n)
-        self.call_ids = [new_id("call") for _ in range(body.n)]
+        self._meter.thoughts = []
+        self.call_ids = call_ids or [new_id("call") for _ in range(body.n)]
+        self._prompt: RenderedPrompt | None = None
         self._readers: list[AnswerReader] = []
         self._prompt_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
         self._choices = [ChatChoice(index=index, message=AssistantMessage()) for index in range(body.n)]
@@ -236,7 +342,17 @@ class ChatWriter:
 
     def expect(self, prompt: RenderedPrompt) -> None:
         """Read the answers as answers to `prompt`."""
+        self._prompt = prompt
+        if prompt.opening.thinking:
+            self._meter.thoughts = [ThoughtCounter(self._tokenizer) for _ in range(self._body.n)]
         self._readers = [AnswerReader(prompt.opening, self._body.toolbox) for _ in range(self._body.n)]
+
+    def again(self) -> ChatWriter:
+        """Return a writer that is still to say the same."""
+        writer = ChatWriter(self._identity, self._tokenizer, self._body, self.call_ids)
+        if self._prompt is not None:
+            writer.expect(self._prompt)
+        return writer
 
     def opening(self) -> bytes:
         """Return nothing: a choice begins when it has a slot."""
@@ -245,6 +361,7 @@ class ChatWriter:
     def frames(self, event: ChoiceEvent) -> bytes:
         """Return a chunk for all that the event adds to its choice."""
         if isinstance(event, Delivered) and self._says_only_text:
+            self._meter.see(event)
             return self._text_frames(event.index, self._readers[event.index].push(event.text))
         return b"".join(frame(self._chunk_of(part)) for part in self._parts(event))
 

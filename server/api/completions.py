@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -11,17 +12,19 @@ from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason, TokenLogprobs
 from engine.tokenizer import Detokenizer, Tokenizer
-from server.api.operations import IF_MATCH, TURN_ERRORS, Router
-from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, stop_reason
+from server.api.operations import IDEMPOTENCY_KEY, IF_MATCH, TURN_ERRORS, Router
+from server.api.replays import completion_frames, replayed
+from server.api.replies import Identity, Meter, clamped, finish_reason, most_likely, new_reply_id, stop_reason
 from server.api.requests import (
+    begin,
     check_model,
     check_num_logprobs,
     conversation_of,
     expected_version,
-    grammar_named,
     initial_state_of,
     limited,
     with_choice,
+    with_reply,
 )
 from server.conversations.open_turn import OpenTurn, TurnContent
 from server.errors import Answer, BadRequest
@@ -32,17 +35,19 @@ from server.generation import (
     Delivered,
     Finished,
     Generation,
+    Outcome,
     Prompted,
     generate_choices,
     generate_turn,
 )
+from server.idempotency import Kept, key_of
 from server.items import AnswerIds, answered, said
 from server.parsing import json_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from server.services import ServedModel, Services, ServicesOf
-from server.streaming import respond
+from server.services import Services, ServicesOf
+from server.streaming import respond, whole_reply
 from server.templates import AnswerText
-from server.tenants import budget_of, tenant_of
+from server.tenants import tenant_of
 
 router = Router()
 
@@ -56,7 +61,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
     reply=Completion,
     chunk=Completion,
     errors=TURN_ERRORS,
-    headers=[IF_MATCH],
+    headers=[IF_MATCH, IDEMPOTENCY_KEY],
 )
 async def create_completion(
     request: Request, body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], services: ServicesOf
@@ -66,25 +71,30 @@ async def create_completion(
     version = expected_version(request, body)
     planner = Planner(services, body)
     prompts = [await planner.token_ids(prompt) for prompt in body.prompts]
+    selector = conversation_of(body, services, tenant_of(request))
+    key = await key_of(request, "" if selector is None else selector.conversation_id)
+    attempt = await services.claims.attempt(key, new_reply_id("cmpl"))
+    if isinstance(attempt, Kept):
+        frames = partial(completion_frames, include_usage=body.stream_options.include_usage)
+        return replayed(attempt.reply, frames, stream=body.stream)
+    writer = CompletionWriter(Identity(attempt.reply_id, services.model), services.tokenizer, body)
 
     async def work(generation: Generation) -> None:
-        with grammar_named(body):
-            await generate(generation)
-
-    async def generate(generation: Generation) -> None:
-        selector = conversation_of(body, services, tenant_of(request))
         if selector is None:
-            await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
+            outcomes = await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
+            if attempt.has_key:
+                await attempt.keep(whole_reply(writer.again(), outcomes))
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
+            await attempt.enter(turn.conversation.conversation_id)
             base = await turn.base()
             if base.items:
                 raise BadRequest("conversation: has items that only a chat turn can say first.", "conversation")
             plan = planner.plans(prompts, continues=base.num_tokens > 0)[0]
-            await generate_turn(services, generation, turn, plan, planner.content_of(turn, plan))
+            content = planner.content_of(turn, plan)
+            await generate_turn(services, generation, turn, plan, with_reply(content, attempt, writer.again))
 
-    writer = CompletionWriter(services.model, services.tokenizer, body)
-    generation = Generation(services.drain, budget_of(request), work)
+    generation = await begin(request, services, body, attempt, work)
     return await respond(request, generation, writer, services.metrics.http, stream=body.stream)
 
 
@@ -128,13 +138,15 @@ class Planner:
             for choice_idx in range(self._body.num_candidates)
         ]
 
-    def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Delivered, Finished], TurnContent]:
+    def content_of(self, turn: OpenTurn, plan: ChoicePlan) -> Callable[[Outcome], TurnContent]:
         """Return what makes a turn's content of what came after the prompt: text without a template."""
 
-        def content(whole: Delivered, finished: Finished) -> TurnContent:
+        def content(outcome: Outcome) -> TurnContent:
             prompt = said("unknown", self._tokenizer.decode(plan.prompt_ids))
-            is_complete = finished.reason is not FinishReason.LENGTH
-            answer = answered(AnswerText(content=whole.text), turn.answer_id, AnswerIds(), is_complete=is_complete)
+            is_complete = outcome.finished.reason is not FinishReason.LENGTH
+            answer = answered(
+                AnswerText(content=outcome.whole.text), turn.answer_id, AnswerIds(), is_complete=is_complete
+            )
             return TurnContent(items=[prompt, *answer])
 
         return content
@@ -153,16 +165,20 @@ class Planner:
 class CompletionWriter:
     """What a completion says."""
 
-    def __init__(self, model: ServedModel, tokenizer: Tokenizer, body: CompletionRequest) -> None:
+    def __init__(self, identity: Identity, tokenizer: Tokenizer, body: CompletionRequest) -> None:
         num_choices = len(body.prompts) * body.num_candidates
         self._tokenizer = tokenizer
         self._body = body
-        self._identity = Identity("cmpl", model)
+        self._identity = identity
         self._meter = Meter(body.num_candidates)
         self._choices = [CompletionChoice(index=index, text="") for index in range(num_choices)]
         self._logprobs = [LogprobsWriter(tokenizer) for _ in range(num_choices)]
         self._templates = [self._template(index) for index in range(num_choices)]
         self._scores = [_Score() for _ in range(num_choices)]
+
+    def again(self) -> CompletionWriter:
+        """Return a writer that is still to say the same."""
+        return CompletionWriter(self._identity, self._tokenizer, self._body)
 
     def opening(self) -> bytes:
         """Return nothing: a completion begins with its first text."""

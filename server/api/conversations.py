@@ -56,6 +56,9 @@ Include = Annotated[list[str] | None, Query(alias="include[]")]
 
 
 LINK = {"conversation_id": "$response.body#/id"}
+SAME = {"conversation_id": "$request.path.conversation_id"}
+ITEM = {**SAME, "item_id": "$response.body#/first_id"}
+ITEM_LINKS = {"retrieve_item": ITEM, "delete_item": ITEM, "list_items": SAME}
 
 
 @router.operation(
@@ -64,7 +67,18 @@ LINK = {"conversation_id": "$response.body#/id"}
     body=ConversationRequest,
     reply=ConversationReply,
     errors=[409],
-    links={"retrieve_conversation": LINK, "delete_conversation": LINK},
+    links=dict.fromkeys(
+        (
+            "retrieve_conversation",
+            "update_conversation",
+            "delete_conversation",
+            "create_items",
+            "list_items",
+            "fork_conversation",
+            "rewind_conversation",
+        ),
+        LINK,
+    ),
 )
 async def create_conversation(
     request: Request,
@@ -76,13 +90,13 @@ async def create_conversation(
     items = [item.item() for item in body.items]
     initial_state = initial_state_of(body.initial_state, services)
     head = await services.turns.create(conversation_id, body.metadata, items=items, initial_state=initial_state)
-    return _described(head)
+    return described(head)
 
 
 @router.operation("GET", "/v1/conversations/{conversation_id}", reply=ConversationReply, errors=[404, 410])
 async def retrieve_conversation(conversation_id: Id, services: ServicesOf) -> Response:
     """Describe a conversation."""
-    return _described(await services.turns.get(conversation_id))
+    return described(await services.turns.get(conversation_id))
 
 
 @router.operation(
@@ -102,7 +116,7 @@ async def update_conversation(
     if body.pinned is not None:
         ttl_seconds = PINNED_SECONDS if body.pinned else services.turns.conversation_ttl_seconds
     head = await services.turns.ledger.update(conversation_id, metadata=body.metadata, ttl_seconds=ttl_seconds)
-    return _described(head)
+    return described(head)
 
 
 @router.operation(
@@ -128,6 +142,7 @@ async def delete_conversation(conversation_id: Id, services: ServicesOf) -> Resp
     reply=ItemList,
     errors=[404, 409, 410, 412],
     headers=[IF_MATCH],
+    links=ITEM_LINKS,
 )
 async def create_items(
     request: Request,
@@ -143,7 +158,13 @@ async def create_items(
     return json_response(page_of(bodies, after=None, limit=len(bodies), newest_first=False))
 
 
-@router.operation("GET", "/v1/conversations/{conversation_id}/items", reply=ItemList, errors=[400, 404, 410])
+@router.operation(
+    "GET",
+    "/v1/conversations/{conversation_id}/items",
+    reply=ItemList,
+    errors=[400, 404, 410],
+    links=ITEM_LINKS,
+)
 async def list_items(
     conversation_id: Id,
     services: ServicesOf,
@@ -177,7 +198,7 @@ async def retrieve_item(conversation_id: Id, item_id: str, services: ServicesOf,
 async def delete_item(request: Request, conversation_id: Id, item_id: str, services: ServicesOf) -> Response:
     """Take something back; the next turn goes on from the state before it, and reads again what came after."""
     await edits.delete_item(services.turns, conversation_id, item_id, version_in_header(request))
-    return _described(await services.turns.get(conversation_id))
+    return described(await services.turns.get(conversation_id))
 
 
 # -- where it goes on -------------------------------------------------------------------------------------------------
@@ -189,6 +210,7 @@ async def delete_item(request: Request, conversation_id: Id, item_id: str, servi
     body=ForkRequest,
     reply=ConversationReply,
     errors=[404, 409, 410],
+    links={"list_items": LINK, "delete_conversation": LINK},
 )
 async def fork_conversation(
     request: Request,
@@ -199,7 +221,7 @@ async def fork_conversation(
     """Begin another conversation with the history of this one, up to any of its versions."""
     fork_id = scoped(tenant_of(request), body.id or f"conv_{uuid.uuid4().hex}")
     head = await services.turns.fork(conversation_id, fork_id, version=body.version, metadata=body.metadata)
-    return _described(head)
+    return described(head)
 
 
 @router.operation(
@@ -218,10 +240,11 @@ async def rewind_conversation(
 ) -> Response:
     """Go on from an earlier version. That is a new version, and the ones between can still be gone back to."""
     await edits.rewind(services.turns, conversation_id, body.version, version_in_header(request))
-    return _described(await services.turns.get(conversation_id))
+    return described(await services.turns.get(conversation_id))
 
 
-def _described(head: Conversation) -> Response:
+def described(head: Conversation) -> Response:
+    """Return the reply that describes a conversation."""
     reply = json_response(ConversationReply.of(head))
     reply.headers["etag"] = f'"{head.version}"'
     return reply

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.errors import ANSWERS, ErrorBody
+from server.idempotency import HEADER, MAX_KEY_CHARS
 from server.security import OPEN_PATHS
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -30,13 +31,20 @@ REFERENCE = "#/components/schemas/{name}"
 COMMON_ERRORS = (401, 429, 431, 500, 503)
 BODY_ERRORS = (400, 408, 413)
 # What a turn of a conversation may meet besides.
-TURN_ERRORS = (404, 409, 410, 412)
+TURN_ERRORS = (404, 409, 410, 412, 422)
 
 IF_MATCH: Schema = {
     "name": "If-Match",
     "in": "header",
     "description": "The version at which the conversation must be.",
     "schema": {"type": "string", "pattern": r'^("\d{1,9}"|\d{1,9})$'},
+}
+
+IDEMPOTENCY_KEY: Schema = {
+    "name": HEADER,
+    "in": "header",
+    "description": "Names the request, so that it is carried out once however often it is sent.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
 }
 
 HEADERS: Schema = {
@@ -68,6 +76,7 @@ class Router(APIRouter):
         path: str,
         *,
         body: type[BaseModel] | None = None,
+        file: str | None = None,
         reply: type[msgspec.Struct] | None = None,
         chunk: type[msgspec.Struct] | None = None,
         media_type: str | None = None,
@@ -78,10 +87,10 @@ class Router(APIRouter):
     ) -> Callable[[Endpoint], Endpoint]:
         """Return the decorator that serves `method` and `path`; the function's name is the operation's id.
 
-        `body` is what the request must be. The reply is a `reply`, a stream of `chunk`s, or something of `media_type`.
-        `errors` are the statuses it may have besides those any request may meet, `other_replies` what it says with
-        others. `headers` are those of requests that it heeds. `links` say which operations go on from its reply, and
-        where in it their parameters are.
+        `body` is what the request must be; or it is a `file` of that media type. The reply is a `reply`, a stream of
+        `chunk`s, or something of `media_type`. `errors` are the statuses it may have besides those any request may
+        meet, `other_replies` what it says with others. `headers` are those of requests that it heeds. `links` say which
+        operations go on from its reply, and where in it their parameters are.
         """
         self.bodies |= set() if body is None else {body}
         self.replies |= {struct for struct in (reply, chunk, *other_replies.values()) if struct is not None}
@@ -90,7 +99,7 @@ class Router(APIRouter):
         if links:
             success["links"] = {name: {"operationId": name, "parameters": dict(where)} for name, where in links.items()}
         is_open = path in OPEN_PATHS
-        statuses = () if is_open else (*COMMON_ERRORS, *(() if body is None else BODY_ERRORS), *errors)
+        statuses = () if is_open else (*COMMON_ERRORS, *(() if body is None and file is None else BODY_ERRORS), *errors)
         responses: dict[int | str, Schema] = {
             200: success,
             **{status: _response(_codes(status), _json(ErrorBody)) for status in sorted(statuses)},
@@ -102,6 +111,8 @@ class Router(APIRouter):
             extra["parameters"] = list(headers)
         if body is not None:
             extra["requestBody"] = {"required": True, "content": _json(body)}
+        elif file is not None:
+            extra["requestBody"] = {"required": True, "content": {file: {}}}
         return self.api_route(path, methods=[method], response_class=Response, responses=responses, openapi_extra=extra)
 
 

@@ -9,25 +9,53 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from engine.messages import FinishReason, TokenLogprobs
+from engine.tokenizer import Tokenizer
 from server.conversations.open_turn import TurnReceipt
 from server.errors import BadRequest
-from server.generation import ChoiceEvent, Finished, Prompted
+from server.generation import ChoiceEvent, Delivered, Finished, Prompted
 from server.schemas.items import ItemList
 from server.schemas.replies import ConversationInfo, PromptTokens, Usage
 from server.services import ServedModel
+from server.templates import END_OF_THOUGHT
 
 # JSON has no infinity. A log-probability this low is none at all.
 LOWEST_LOGPROB = -9999.0
+
+_END_OF_THOUGHT = END_OF_THOUGHT.encode()
+
+
+def new_reply_id(prefix: str) -> str:
+    """Return an id that no other reply has."""
+    return f"{prefix}-{uuid.uuid4().hex}"
 
 
 class Identity:
     """What every part of one reply says about itself."""
 
-    def __init__(self, prefix: str, model: ServedModel) -> None:
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+    def __init__(self, reply_id: str, model: ServedModel) -> None:
+        self.id = reply_id
         self.created = int(time.time())
         self.model = model.name
         self.system_fingerprint = model.system_fingerprint
+
+
+class ThoughtCounter:
+    """Counts the tokens of a thought that begins an answer: those up to the one that ends it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.num_tokens = 0
+        self._tokenizer = tokenizer
+        self._seen = b""
+        self._has_ended = False
+
+    def push(self, token_ids: Sequence[int]) -> None:
+        """Take in what comes next."""
+        for token_id in token_ids:
+            if self._has_ended:
+                return
+            self.num_tokens += 1
+            self._seen = self._seen[1 - len(_END_OF_THOUGHT) :] + self._tokenizer.token_bytes(token_id)
+            self._has_ended = _END_OF_THOUGHT in self._seen
 
 
 class Meter:
@@ -40,9 +68,14 @@ class Meter:
         self._num_kept_tokens: dict[int, int] = {}
         self._num_output_tokens = 0
         self._receipt: TurnReceipt | None = None
+        self.thoughts: Sequence[ThoughtCounter] | None = None  # by choice, of those that think; None: none ever do
 
     def see(self, event: ChoiceEvent) -> None:
         """Take in an event."""
+        if isinstance(event, Delivered):
+            if self.thoughts:
+                self.thoughts[event.index].push(event.token_ids)
+            return
         prompt = event.index // self._choices_per_prompt
         if isinstance(event, Prompted):
             self._num_prompt_tokens[prompt] = len(event.prompt_ids)
@@ -58,7 +91,8 @@ class Meter:
         """The count so far."""
         counts = (self._num_prompt_tokens, self._num_cached_tokens, self._num_kept_tokens)
         prompts = PromptTokens(*(sum(count.values()) for count in counts))
-        return Usage.of(prompts, self._num_output_tokens, self._receipt)
+        num_thought = None if self.thoughts is None else sum(thought.num_tokens for thought in self.thoughts)
+        return Usage.of(prompts, self._num_output_tokens, self._receipt, num_thought)
 
     @property
     def conversation(self) -> ConversationInfo | msgspec.UnsetType:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import msgspec
 from fastapi import Request
@@ -12,11 +13,26 @@ from fastapi import Request
 from engine.errors import InvalidRequest
 from engine.messages import Grammar, InitialStateRef, SamplingParams
 from server.conversations.history import scoped
+from server.conversations.open_turn import TurnContent
 from server.conversations.turns import ConversationSelector
 from server.errors import BadRequest, UnknownModel
+from server.generation import Generation, Outcome
+from server.idempotency import Attempt, bounded
 from server.schemas.generation import GenerationFields, SamplingFields
 from server.services import Services
-from server.templates import END_OF_THOUGHT, Opening, Toolbox, call_grammar
+from server.streaming import ReplyWriter, whole_reply
+from server.templates import (
+    END_OF_THOUGHT,
+    Opening,
+    Part,
+    RenderedPrompt,
+    Template,
+    Toolbox,
+    call_grammar,
+    read_answer,
+    render_remembered,
+)
+from server.tenants import budget_of
 
 ENTITY_TAG = re.compile(r'"?(\d{1,9})"?')
 
@@ -101,6 +117,72 @@ def answering(sampling: SamplingParams, opening: Opening, toolbox: Toolbox | Non
         return sampling
     after, lead = (END_OF_THOUGHT, r"\s*") if opening.thinking else ("", opening.unshown)
     return msgspec.structs.replace(sampling, grammar=msgspec.structs.replace(grammar, after=after, lead=lead))
+
+
+Remembered = Callable[[str], Awaitable[tuple[list[int], list[int]]]]
+
+
+def without_thought(
+    services: Services,
+    template: Template,
+    prompt: RenderedPrompt,
+    parts: Sequence[Part],
+    *,
+    first: bool,
+    preamble: str,
+    num_known: int,
+) -> Remembered:
+    """Return what says of the answer to `prompt` what is remembered without its thought; the rest is as in `render`."""
+
+    async def remembered(text: str) -> tuple[list[int], list[int]]:
+        answer = read_answer(text, prompt.opening).content  # a call is told apart later, from the same text
+        pieces, written = render_remembered(
+            parts, template, answer, first=first, preamble=preamble, num_known=num_known
+        )
+        prompt_ids, _ = await services.encode_pieces(pieces)
+        return prompt_ids, await services.encode(written) if written else []
+
+    return remembered
+
+
+async def begin(
+    request: Request,
+    services: Services,
+    body: SamplingFields,
+    attempt: Attempt,
+    work: Callable[[Generation], Awaitable[None]],
+) -> Generation:
+    """Begin the work of a request, which is what the attempt is made for; raises `RateLimitExceeded`."""
+
+    async def attempted(generation: Generation) -> None:
+        async with attempt:
+            with grammar_named(body):
+                await work(generation)
+
+    try:
+        return Generation(services.drain, budget_of(request), attempted, outlives_reader=body.outlives_reader)
+    except BaseException:
+        await attempt.release()
+        raise
+
+
+def with_reply(
+    content_of: Callable[[Outcome], TurnContent],
+    attempt: Attempt,
+    new_writer: Callable[[], ReplyWriter],
+    *,
+    is_stored: bool = False,
+) -> Callable[[Outcome], TurnContent]:
+    """Return `content_of` with the whole reply as a part of the turn, if somebody may ask for it again."""
+    if not (attempt.has_key or is_stored):
+        return content_of
+
+    def content(outcome: Outcome) -> TurnContent:
+        reply = whole_reply(new_writer(), [outcome])
+        kept = reply if is_stored else bounded(reply)
+        return dataclasses.replace(content_of(outcome), reply_id=attempt.reply_id, reply=kept)
+
+    return content
 
 
 @contextlib.contextmanager

@@ -13,18 +13,21 @@ import msgspec
 from fastapi import Depends, Query, Request
 from fastapi import Response as HttpResponse
 
-from server.api.operations import Router
+from server.api.operations import IDEMPOTENCY_KEY, Router
+from server.api.replays import replayed
 from server.api.replies import page_of
-from server.api.requests import check_model
+from server.api.requests import begin, check_model
+from server.conversations.history import scoped
 from server.conversations.ledger import (
     ConversationBusy,
     ConversationExpired,
     ConversationNotFound,
+    LedgerError,
     LedgerUnavailable,
 )
-from server.errors import BadRequest
+from server.errors import BadRequest, IdempotencyInProgress
 from server.frames import KEEP_ALIVE
-from server.generation import Generation
+from server.idempotency import REPLAYED, Kept, key_of
 from server.parsing import json_body
 from server.responses.answering import Answering
 from server.responses.archive import POLL_SECONDS, UNFINISHED, Archive, Stored
@@ -44,7 +47,7 @@ from server.schemas.responses import (
 )
 from server.services import Services, ServicesOf
 from server.streaming import RecordedStream, json_response, respond
-from server.tenants import budget_of, tenant_of
+from server.tenants import tenant_of
 
 router = Router()
 
@@ -69,7 +72,8 @@ LINK = {"response_id": "$response.body#/id"}
     body=ResponseRequest,
     reply=Response,
     chunk=Event,
-    errors=[404, 409, 410],
+    errors=[404, 409, 410, 422],
+    headers=[IDEMPOTENCY_KEY],
     links={"retrieve_response": LINK, "list_input_items": LINK, "delete_response": LINK, "cancel_response": LINK},
 )
 async def create_response(
@@ -77,23 +81,53 @@ async def create_response(
 ) -> HttpResponse:
     """Answer the input."""
     check_model(body.model, services)
-    answering = Answering(services, body, tenant_of(request))
-    writer = answering.writer
-
-    def begin() -> Generation:
-        return Generation(services.drain, budget_of(request), answering.work)
-
-    if not body.background:
-        return await respond(request, begin(), writer, services.metrics.http, stream=body.stream)
-    await answering.announce("queued")
+    tenant = tenant_of(request)
+    answering = Answering(services, body, tenant)
+    key = await key_of(request, "" if body.conversation is None else scoped(tenant, body.conversation.id))
     try:
-        run = services.runs.start(answering.draft.response_id, begin, writer)
+        attempt = await services.claims.attempt(key, answering.draft.response_id)
+    except IdempotencyInProgress as error:
+        if not body.background:
+            raise
+        return await _as_it_stands(error, body, tenant, services)
+    if isinstance(attempt, Kept):
+        return replayed(attempt.reply, _frames_of, stream=body.stream)
+    answering.attempt_as(attempt)
+    begin_work = partial(begin, request, services, body, attempt, answering.work)
+    if not body.background:
+        generation = await begin_work()
+        return await respond(request, generation, answering.writer, services.metrics.http, stream=body.stream)
+    try:
+        await answering.announce("queued")
+        run = await services.runs.start(answering.draft.response_id, begin_work, answering.writer)
     except BaseException:
-        await answering.withdraw()
+        with contextlib.suppress(LedgerError):  # then it is queued for nobody until it expires
+            await answering.withdraw()
+        await attempt.release()
         raise
     if body.stream:
         return RecordedStream(run.read(), services.metrics.http)
     return json_response(answering.draft.begun("queued"))
+
+
+async def _as_it_stands(
+    error: IdempotencyInProgress, body: ResponseRequest, tenant: str, services: Services
+) -> HttpResponse:
+    """Return the response that an equal request has begun in the background; raises `error` if it can't be had yet."""
+    run = services.runs.find(error.reply_id)
+    try:
+        stored = await services.archive.find(tenant, error.reply_id)
+    except ResponseNotFound:
+        raise error from None
+    if not body.stream:
+        return replayed(msgspec.json.encode(stored.response), _frames_of, stream=False)
+    if run is None:
+        raise error
+    return RecordedStream(run.read(), services.metrics.http, REPLAYED)
+
+
+def _frames_of(reply: bytes) -> bytes:
+    return frames_after(msgspec.json.decode(reply, type=Response), 0)
 
 
 @router.operation(
@@ -156,8 +190,7 @@ async def _ended(services: Services, tenant: str, response_id: str) -> Stored:
         return await services.archive.find(tenant, response_id)
     if stored.response.background and stored.response.status in UNFINISHED:
         await services.archive.ask_for_end(tenant, response_id)
-        async for stored in services.archive.followed(tenant, response_id):
-            pass
+        stored = [stood async for stood in services.archive.followed(tenant, response_id)][-1]
     return stored
 
 

@@ -174,6 +174,7 @@ class Ledger(Protocol):
     """Where conversations live. All methods may raise `LedgerUnavailable` and `LedgerCorrupt`."""
 
     durability: Durability  # of a commit that returned
+    is_shared: bool  # whether other servers may have it open
 
     async def open(self) -> None:
         """Connect, check that promises can be kept, and recover from whatever ended the last process."""

@@ -56,6 +56,8 @@ ONLY_CHECKPOINT, ONLY_CHECKPOINT_VERSION = b"checkpoint", b"checkpoint_version"
 class RedisLedger:
     """A ledger in the Redis at `url`. Servers that share it share their conversations."""
 
+    is_shared = True
+
     def __init__(
         self, url: str, *, tombstone_seconds: float = TOMBSTONE_SECONDS, timeout_seconds: float = TIMEOUT_SECONDS
     ) -> None:

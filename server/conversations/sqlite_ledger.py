@@ -43,6 +43,8 @@ class SqliteLedger:
     `clock` returns seconds since the epoch, and must not jump: leases and times to live are measured with it.
     """
 
+    is_shared = False
+
     def __init__(
         self,
         path: Path | None,

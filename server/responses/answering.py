@@ -11,34 +11,35 @@ from functools import partial
 import msgspec
 
 from server.api.chat import template_of
-from server.api.requests import answering, check_num_logprobs, grammar_named, limited
+from server.api.requests import Remembered, answering, check_num_logprobs, limited, without_thought
 from server.conversations.ledger import Item, LedgerError
 from server.conversations.open_turn import Base, OpenTurn, TurnContent
 from server.errors import answer
 from server.generation import (
     ChoicePlan,
-    Delivered,
-    Finished,
     Generation,
+    Outcome,
     borders_of,
     generate_alone,
     generate_turn,
     generate_untold,
 )
-from server.items import parts_of
+from server.idempotency import Attempt, bounded
+from server.items import new_id, parts_of
 from server.responses.draft import Draft
 from server.responses.errors import ResponseCancelled
 from server.responses.log import opened, predecessor_of
 from server.responses.writer import ResponseWriter
 from server.schemas.responses import ResponseRequest
 from server.services import Services
-from server.templates import RenderedPrompt, Template, TemplateError, render, tools_text
+from server.templates import Opening, Part, RenderedPrompt, Template, TemplateError, render, tools_text
 
 
 class Answering:
     """The work of one request: from its input to a committed response."""
 
     def __init__(self, services: Services, body: ResponseRequest, tenant: str) -> None:
+        """Raises `BadRequest`."""
         self._services = services
         self._body = body
         self._tenant = tenant
@@ -52,8 +53,13 @@ class Answering:
         self._sampling = body.sampling(services.tokenizer.vocab_size, num_logprobs)
         self._inputs: Sequence[Item] = [item.item() for item in body.input]
         self._log_id = ""
-        self.draft = Draft(body, services.model.name, services.tokenizer)
-        self.writer = ResponseWriter(self.draft, services.tokenizer, queued=body.background)
+        self.attempt_as(Attempt(new_id("resp")))
+
+    def attempt_as(self, attempt: Attempt) -> None:
+        """Let the response have the id of the attempt's reply; said before anything else is done."""
+        self._attempt = attempt
+        self.draft = Draft(self._body, self._services.model.name, self._services.tokenizer, attempt.reply_id)
+        self.writer = ResponseWriter(self.draft, self._services.tokenizer, queued=self._body.background)
 
     async def announce(self, status: str) -> None:
         """Let the response be found while it is generated; raises `LedgerUnavailable`."""
@@ -80,11 +86,17 @@ class Answering:
     @contextlib.asynccontextmanager
     async def _ended_from_elsewhere(self, generation: Generation) -> AsyncGenerator[None]:
         """Let other servers end a response in the background, which only this one could otherwise."""
-        if not self._body.background:
+        if not self._body.background or not self._services.turns.ledger.is_shared:
             yield
             return
         asked = asyncio.create_task(self._services.archive.asked_to_end(self._tenant, self.draft.response_id))
-        asked.add_done_callback(lambda task: None if task.cancelled() else generation.interrupt(ResponseCancelled()))
+
+        def interrupt(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                task.result()
+                generation.interrupt(ResponseCancelled())
+
+        asked.add_done_callback(interrupt)
         try:
             yield
         finally:
@@ -110,35 +122,38 @@ class Answering:
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     async def _answer(self, generation: Generation) -> None:
-        with grammar_named(self._body):
-            await self._generate(generation)
-
-    async def _generate(self, generation: Generation) -> None:
         services, body = self._services, self._body
         predecessor = await predecessor_of(body, services.archive, self._tenant)
         if not body.store and predecessor is None and body.conversation is None:
             plan = await self._plan(self._render(services.template, None), is_stateful=False)
-            whole, finished = await generate_alone(services, generation, self._tenant, plan)
-            self._finish(generation, plan, whole, finished)
+            await self._finish(generation, await generate_alone(services, generation, self._tenant, plan))
             return
         async with opened(services.turns, body, self._tenant, predecessor) as turn:
             self._log_id = turn.conversation.conversation_id
+            if body.is_remembered:
+                await self._attempt.enter(self._log_id)
             if body.store:
                 await self.announce("in_progress")
             template = template_of(turn.conversation, services)
-            prompt = self._render(template, await turn.base(self._preamble(template)))
+            base = await turn.base(self._preamble(template))
+            prompt = self._render(template, base)
             plan = await self._plan(prompt, is_stateful=True)
-            if body.store or body.conversation is not None:
-                await generate_turn(services, generation, turn, plan, partial(self._content, turn, plan))
+            if body.is_remembered:
+                forgets = prompt.opening.thinking and not body.keep_reasoning
+                remembered = self._without_thought(template, base, prompt) if forgets else None
+                opening = Opening(template.past_opening) if forgets else prompt.opening
+                content = partial(self._content, turn, opening)
+                await generate_turn(services, generation, turn, plan, content, remembered)
             else:  # the history stays as it is
-                whole, finished = await generate_untold(services, generation, turn, plan)
-                self._finish(generation, plan, whole, finished)
+                await self._finish(generation, await generate_untold(services, generation, turn, plan))
 
-    def _finish(self, generation: Generation, plan: ChoicePlan, whole: Delivered, finished: Finished) -> None:
-        """Tell of an answer that nobody remembers."""
-        items = self.draft.items(whole, finished)
-        self.writer.finish(self.draft.completed(items, whole, finished, len(plan.prompt_ids)))
-        generation.emit(finished)
+    async def _finish(self, generation: Generation, outcome: Outcome) -> None:
+        """Tell of an answer that no conversation remembers."""
+        response = self.draft.completed(self.draft.items(outcome), outcome)
+        self.writer.finish(response)
+        if self._attempt.has_key:
+            await self._attempt.keep(msgspec.json.encode(response))
+        generation.emit(outcome.finished)
 
     def _preamble(self, template: Template) -> str:
         """Return the system text that a history with these instructions and tools begins with."""
@@ -147,20 +162,31 @@ class Answering:
         return "\n".join(filter(None, (self._body.instructions, tools)))
 
     def _render(self, template: Template, base: Base | None) -> RenderedPrompt:
-        first = base is None or base.num_tokens == 0
         toolbox = self._body.toolbox
-        before = [] if base is None else parts_of(base.items, base.answers)
+        parts, first, num_known = self._parts(base)
         with _fields_named():
             self.draft.prompt = render(
-                [*before, *parts_of(self._inputs, {})],
+                parts,
                 template,
                 first=first,
                 reasoning_effort=self._body.reasoning.effort,
                 preamble=self._preamble(template) if first else "",
                 must_call=toolbox is not None and toolbox.must_call,
-                num_known=len(before),
+                num_known=num_known,
             )
         return self.draft.prompt
+
+    def _without_thought(self, template: Template, base: Base, prompt: RenderedPrompt) -> Remembered:
+        parts, first, num_known = self._parts(base)
+        preamble = self._preamble(template) if first else ""
+        return without_thought(
+            self._services, template, prompt, parts, first=first, preamble=preamble, num_known=num_known
+        )
+
+    def _parts(self, base: Base | None) -> tuple[list[Part], bool, int]:
+        """Return what is to be rendered, whether it begins the history, and how much of it was said before."""
+        before = [] if base is None else parts_of(base.items, base.answers)
+        return [*before, *parts_of(self._inputs, {})], base is None or base.num_tokens == 0, len(before)
 
     async def _plan(self, prompt: RenderedPrompt, *, is_stateful: bool) -> ChoicePlan:
         tokenizer = self._services.tokenizer
@@ -179,18 +205,21 @@ class Answering:
             keep_state=True,
         )
 
-    def _content(self, turn: OpenTurn, plan: ChoicePlan, whole: Delivered, finished: Finished) -> TurnContent:
-        """Return what the turn says, its reply in final form included."""
-        items = self.draft.items(whole, finished, turn.answer_id)
-        response = self.draft.completed(items, whole, finished, len(plan.prompt_ids))
+    def _content(self, turn: OpenTurn, opening: Opening, outcome: Outcome) -> TurnContent:
+        """Return what the turn says, remembered after `opening`, its reply in final form included."""
+        items = self.draft.items(outcome, turn.answer_id)
+        response = self.draft.completed(items, outcome)
         self.writer.finish(response)
-        assert self.draft.prompt is not None, "rendered before it was answered"
+        is_kept = self._body.store or self._attempt.has_key
+        reply = msgspec.json.encode(response) if is_kept else b""
+        if not opening.thinking:
+            items = [item for item in items if item.item_id != self.draft.ids.thought]
         return TurnContent(
             items=[*self._inputs, *items],
-            opening=self.draft.prompt.opening.text,
-            hint=self.draft.prompt.opening.hint,
-            reply_id=response.id if self._body.store else "",
-            reply=msgspec.json.encode(response) if self._body.store else b"",
+            opening=opening.text,
+            hint=opening.hint,
+            reply_id=response.id if is_kept else "",
+            reply=reply if self._body.store else bounded(reply),
         )
 
     async def _note_failure(self, error: BaseException) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import msgspec
 
 from engine.messages import FinishReason
 from engine.tokenizer import Tokenizer
+from server.api.replies import ThoughtCounter
 from server.conversations.ledger import Item
 from server.conversations.open_turn import TurnReceipt
-from server.generation import Delivered, Finished
+from server.generation import Delivered, Outcome
 from server.items import AnswerIds, answered
 from server.responses.logprobs import output_logprobs
 from server.schemas.responses import (
@@ -28,14 +28,14 @@ from server.schemas.responses import (
     StateInfo,
     TextReply,
 )
-from server.templates import END_OF_THOUGHT, AnswerReader, RenderedPrompt, read_answer
+from server.templates import AnswerReader, RenderedPrompt, read_answer
 
 
 class Draft:
     """One response from its request to its end. The ids of its items are known before the items are."""
 
-    def __init__(self, body: ResponseRequest, model: str, tokenizer: Tokenizer) -> None:
-        self.response_id = f"resp_{uuid.uuid4().hex}"
+    def __init__(self, body: ResponseRequest, model: str, tokenizer: Tokenizer, response_id: str) -> None:
+        self.response_id = response_id
         self.ids = AnswerIds()
         self.prompt: RenderedPrompt | None = None  # set when it is rendered
         self._tokenizer = tokenizer
@@ -74,30 +74,28 @@ class Draft:
         failure = ResponseFailure(code=code, message=message)
         return msgspec.structs.replace(self._begun, status="failed", error=failure)
 
-    def items(self, whole: Delivered, finished: Finished, answer_id: str = "") -> list[Item]:
+    def items(self, outcome: Outcome, answer_id: str = "") -> list[Item]:
         """Return the items of the whole answer."""
         assert self.prompt is not None, "an answer follows a prompt"
         return answered(
-            read_answer(whole.text, self.prompt.opening, self._toolbox),
+            read_answer(outcome.whole.text, self.prompt.opening, self._toolbox),
             answer_id,
             self.ids,
-            logprobs=self._logprobs(whole),
-            is_complete=finished.reason is not FinishReason.LENGTH,
+            logprobs=self._logprobs(outcome.whole),
+            is_complete=outcome.finished.reason is not FinishReason.LENGTH,
         )
 
-    def completed(
-        self, items: Sequence[Item], whole: Delivered, finished: Finished, num_prompt_tokens: int
-    ) -> Response:
+    def completed(self, items: Sequence[Item], outcome: Outcome) -> Response:
         """Return it with its answer: complete, or incomplete where it ran out of tokens."""
-        is_complete = finished.reason is not FinishReason.LENGTH
+        is_complete = outcome.finished.reason is not FinishReason.LENGTH
         return msgspec.structs.replace(
             self._begun,
             status="completed" if is_complete else "incomplete",
             completed_at=int(time.time()) if is_complete else None,
             incomplete_details=None if is_complete else IncompleteDetails(reason="max_output_tokens"),
             output=[msgspec.Raw(item.body) for item in items],
-            usage=self._usage(whole, finished, num_prompt_tokens),
-            state=self._state(finished.receipt),
+            usage=self._usage(outcome),
+            state=self._state(outcome.finished.receipt),
         )
 
     def _state(self, receipt: TurnReceipt | None) -> StateInfo | None:
@@ -116,11 +114,12 @@ class Draft:
         assert self.prompt is not None, "an answer follows a prompt"
         return AnswerReader(self.prompt.opening, self._toolbox)
 
-    def _usage(self, whole: Delivered, finished: Finished, num_prompt_tokens: int) -> ResponseUsage:
+    def _usage(self, outcome: Outcome) -> ResponseUsage:
+        whole, finished = outcome.whole, outcome.finished
         receipt = finished.receipt
         num_history = 0 if receipt is None else receipt.num_history_tokens
         cached = finished.num_cached_tokens + (0 if receipt is None else receipt.num_cached_tokens)
-        num_input, num_output = num_history + num_prompt_tokens, len(whole.token_ids)
+        num_input, num_output = num_history + len(outcome.prompted.prompt_ids), len(whole.token_ids)
         written = finished.num_kept_tokens if receipt is None else num_input - cached + num_output
         return ResponseUsage(
             input_tokens=num_input,
@@ -142,13 +141,9 @@ class Draft:
         assert self.prompt is not None, "an answer follows a prompt"
         if not self.prompt.opening.thinking:
             return 0
-        end = END_OF_THOUGHT.encode()
-        seen = b""
-        for number, token_id in enumerate(whole.token_ids, start=1):
-            seen = (seen + self._tokenizer.token_bytes(token_id))[-256:]
-            if end in seen:
-                return number
-        return len(whole.token_ids)
+        counter = ThoughtCounter(self._tokenizer)
+        counter.push(whole.token_ids)
+        return counter.num_tokens
 
 
 def _tool_choice(body: ResponseRequest) -> object:

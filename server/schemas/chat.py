@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from engine.messages import Grammar
 from server.errors import BadRequest
+from server.schemas.conversations import Metadata
 from server.schemas.generation import MAX_PROMPT_CHARS, GenerationFields
 from server.schemas.replies import ConversationInfo, Usage
 from server.schemas.strict import StrictModel
@@ -122,7 +123,7 @@ class ChatRequest(GenerationFields):
     """Answer the messages. In a conversation they are the new ones only; it remembers the others."""
 
     # A wish for a shorter or longer answer; no model here is trained to follow it.
-    without_effect: ClassVar[frozenset[str]] = GenerationFields.without_effect | {"verbosity"}
+    without_effect: ClassVar[frozenset[str]] = (GenerationFields.without_effect | {"verbosity"}) - {"metadata"}
 
     neutral_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "functions": ([],),
@@ -132,11 +133,13 @@ class ChatRequest(GenerationFields):
         "prediction": (),
         "web_search_options": (),
         "moderation": (),
-        "store": (False,),
         "service_tier": ("auto", "default"),
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    store: bool = False
+    metadata: Metadata = {}  # of what is stored
+    keep_reasoning: bool = True  # whether the conversation remembers what was thought
     max_completion_tokens: int | None = Field(None, ge=0)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
@@ -154,6 +157,8 @@ class ChatRequest(GenerationFields):
             raise BadRequest("top_logprobs: needs logprobs to be true.", "top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise BadRequest("max_tokens and max_completion_tokens contradict each other.", "max_tokens")
+        if not self.keep_reasoning and not self.is_stateful:
+            raise BadRequest("keep_reasoning: only a conversation remembers anything.", "keep_reasoning")
         return self
 
     @model_validator(mode="after")
@@ -182,6 +187,11 @@ class ChatRequest(GenerationFields):
         return ({} if grammar is None else {"response_format": grammar}) | super().asked_grammars
 
     @property
+    def is_remembered(self) -> bool:
+        """Whether anything is left of the answer when it has been told."""
+        return self.is_stateful or self.store
+
+    @property
     def num_logprobs(self) -> int | None:
         """How many of the most likely tokens to report with each token; None: nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -194,6 +204,20 @@ class ChatRequest(GenerationFields):
     @property
     def _called_name(self) -> str | None:
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedToolChoice) else None
+
+
+class ChatCompletionUpdate(StrictModel):
+    """Change the metadata of a stored completion."""
+
+    metadata: Metadata
+
+
+class ChatCompletionDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored completion is gone."""
+
+    id: str
+    object: str = "chat.completion.deleted"
+    deleted: bool = True
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -321,6 +345,7 @@ class ChatCompletion(_ChatReply, kw_only=True):
 
     object: str = "chat.completion"
     choices: list[ChatChoice]
+    metadata: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # of one that is stored
 
 
 class ChatChunk(_ChatReply, kw_only=True):

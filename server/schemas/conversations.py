@@ -63,6 +63,13 @@ class ForkRequest(StrictModel):
     metadata: Metadata | None = None  # the origin's, if absent
 
 
+class ExportRequest(StrictModel):
+    """Take a conversation out as a file."""
+
+    version: int | None = Field(None, ge=0)  # the head's, if absent
+    include_state: bool = False
+
+
 class RewindRequest(StrictModel):
     """Go on from an earlier version; 0 is the beginning."""
 

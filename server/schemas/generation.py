@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
@@ -58,7 +58,7 @@ class SamplingFields(StrictModel):
         {
             "user",  # names the client's user for abuse reports
             "safety_identifier",
-            "metadata",  # belongs to stored completions; nothing is stored
+            "metadata",  # of what is stored: see the requests that can be
             "prompt_cache_key",  # hints where to look for a cache
             "prompt_cache_options",
             "prompt_cache_retention",
@@ -92,6 +92,7 @@ class SamplingFields(StrictModel):
     guided_regex: GrammarText | None = None
     guided_grammar: GrammarText | None = None
     priority: int = Field(0, ge=-(2**31), lt=2**31)
+    on_disconnect: Literal["abort", "finish"] = "abort"
 
     @model_validator(mode="after")
     def _check_sampling(self) -> SamplingFields:
@@ -100,7 +101,19 @@ class SamplingFields(StrictModel):
         if len(asked := self.asked_grammars) > 1:
             first, second, *_ = asked
             raise BadRequest(f"{first} and {second} exclude each other.", first)
+        if self.outlives_reader and not self.is_remembered:
+            raise BadRequest("on_disconnect: only what is remembered or stored can be finished.", "on_disconnect")
         return self
+
+    @property
+    def outlives_reader(self) -> bool:
+        """Whether to go on when the client has left."""
+        return self.on_disconnect == "finish"
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether anything is left of the answer when it has been told."""
+        raise NotImplementedError
 
     @property
     def asked_grammars(self) -> dict[str, Grammar]:
@@ -188,6 +201,11 @@ class GenerationFields(SamplingFields):
     def is_stateful(self) -> bool:
         """Whether this is a turn of a conversation."""
         return self.conversation is not None or self.conversation_id is not None
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether anything is left of the answer when it has been told."""
+        return self.is_stateful
 
 
 def _token_id(key: str, vocab_size: int) -> int:

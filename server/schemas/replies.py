@@ -26,6 +26,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cache_write_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """Of the generated tokens: those that were thought."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of a request. A conversation's history counts as prompt, and as cached where its state was reused."""
 
@@ -33,9 +39,12 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET  # of a chat
 
     @classmethod
-    def of(cls, prompts: PromptTokens, num_output_tokens: int, receipt: TurnReceipt | None) -> Usage:
+    def of(
+        cls, prompts: PromptTokens, num_output_tokens: int, receipt: TurnReceipt | None, num_thought: int | None = None
+    ) -> Usage:
         """Count a request's tokens, and those of the history its turn continued."""
         num_prompt, num_cached, num_kept = prompts.num_tokens, prompts.num_cached, prompts.num_kept
         if receipt is not None:
@@ -43,7 +52,11 @@ class Usage(msgspec.Struct, frozen=True):
             num_cached += receipt.num_cached_tokens
             num_kept += receipt.num_replayed_tokens
         return cls(
-            num_prompt, num_output_tokens, num_prompt + num_output_tokens, PromptTokensDetails(num_cached, num_kept)
+            num_prompt,
+            num_output_tokens,
+            num_prompt + num_output_tokens,
+            PromptTokensDetails(num_cached, num_kept),
+            msgspec.UNSET if num_thought is None else CompletionTokensDetails(num_thought),
         )
 
 

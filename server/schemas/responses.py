@@ -127,6 +127,7 @@ class ResponseRequest(SamplingFields):
     metadata: Metadata = {}
     max_output_tokens: int | None = Field(None, ge=1)
     reasoning: Reasoning = Reasoning()
+    keep_reasoning: bool = True  # whether what was thought is remembered
     text: TextConfig = TextConfig()
     include: list[str] = []
     top_logprobs: int | None = Field(None, ge=0)
@@ -144,10 +145,17 @@ class ResponseRequest(SamplingFields):
         if self.background and not self.store:
             raise BadRequest("background: a response that is not stored cannot be asked for later.", "background")
         check_tools(self.tools, self.tool_choice, self._called_name, lambda index: f"tools[{index}].parameters")
+        if not self.keep_reasoning and not self.is_remembered:
+            raise BadRequest("keep_reasoning: nothing of this response is remembered.", "keep_reasoning")
         unknown = [name for name in self.include if name not in INCLUDABLE]
         if unknown:
             raise BadRequest("include: there is no such addition.", "include")
         return self
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether anything is left of the answer when it has been told."""
+        return self.store or self.conversation is not None
 
     @property
     def asked_grammars(self) -> dict[str, Grammar]:

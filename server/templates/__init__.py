@@ -4,7 +4,7 @@ from server.templates.answer import END_OF_THOUGHT, AnswerReader, AnswerText, re
 from server.templates.builtin import BUILTIN
 from server.templates.calls import ToolCall
 from server.templates.choice import choose
-from server.templates.rendering import Answer, Message, Part, Piece, RenderedPrompt, render
+from server.templates.rendering import Answer, Message, Part, Piece, RenderedPrompt, render, render_remembered
 from server.templates.template import Opening, Template, TemplateError
 from server.templates.tools import Tool, Toolbox, call_grammar, tool_schema, tools_text
 
@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "read_answer",
     "render",
+    "render_remembered",
     "tool_schema",
     "tools_text",
 ]

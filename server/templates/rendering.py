@@ -87,6 +87,31 @@ def render(
         field = f"messages[{len(parts) - 1 - num_known}].role"
         raise TemplateError(field, "the last message is an answer already; it can't be continued")
     opening = _opening(template, reasoning_effort, must_call=must_call)
+    prompt, has_preamble = _history(parts, template, first=first, preamble=preamble, num_known=num_known)
+    if last.role == "user":
+        prompt.extend(opening.hint)
+    prompt.extend(template.border + opening.text)
+    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble)
+
+
+def render_remembered(
+    parts: Sequence[Part], template: Template, answer: str, *, first: bool, preamble: str = "", num_known: int = 0
+) -> tuple[tuple[Piece, ...], str]:
+    """Return the prompt and the answer that a conversation remembers if it is to forget what was thought in between.
+
+    They are what `render` makes of a history in which `answer` was said to `parts` without a thought; an empty one is
+    nothing after its opening. Raises as `render`.
+    """
+    prompt, _ = _history(parts, template, first=first, preamble=preamble, num_known=num_known)
+    prompt.extend(template.border + template.past_opening)
+    written = answer if template.verbatim else answer.strip()
+    return prompt.finish(), template.lead + written if written else ""
+
+
+def _history(
+    parts: Sequence[Part], template: Template, *, first: bool, preamble: str, num_known: int
+) -> tuple[_Pieces, bool]:
+    """Return the parts without the opening of a next answer, and whether the first piece is the preamble alone."""
     parts, offset = _with_preamble(parts, preamble, template)
     prompt = _Pieces()
     preamble_size = _preamble_size(parts, template) if first else 0
@@ -99,14 +124,12 @@ def render(
         if isinstance(part, Answer):
             prompt.answer(part)
         elif part.role == "assistant":
-            prompt.answer(Answer(template.past_opening, template.lead + _answer(template, part, field)))
+            written = _answer(template, part, field)
+            # An answer may have been empty; its opening is completed all the same, and no space hangs on to it.
+            prompt.answer(Answer(template.past_opening, template.lead + written if written else template.lead.rstrip()))
         else:
             prompt.extend(_turn(template, part, parts[place - 1] if place else None, field))
-    if last.role == "user":
-        prompt.extend(opening.hint)
-    prompt.extend(template.border + opening.text)
-    has_preamble = 0 < preamble_size < len(parts)
-    return RenderedPrompt(prompt.finish(), template.stop_strings, opening, has_preamble)
+    return prompt, 0 < preamble_size < len(parts)
 
 
 def _preamble_size(parts: Sequence[Part], template: Template) -> int:
@@ -215,7 +238,7 @@ def _content(template: Template, message: Message, field: str) -> str:
     """Return the content as it stands in the prompt."""
     content = message.content if template.verbatim else _clean(message)
     field = f"{field}.content"
-    if not content and message.role != "tool":  # which may have nothing to say
+    if not content and message.role not in ("tool", "assistant"):  # which may have had nothing to say
         raise TemplateError(field, "the content is empty")
     if template.reserved and template.reserved in content:
         raise TemplateError(field, f"{template.reserved!r} marks the turns of this model and cannot be in a content")

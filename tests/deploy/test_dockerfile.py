@@ -96,7 +96,7 @@ def test_base_images_are_pinned() -> None:
 
 def test_the_context_holds_the_application_and_nothing_else() -> None:
     """All packages and what they are installed from get in; tests, secrets, weights and histories stay out."""
-    packages = ["kernels", "engine", "server", "training", "loadtest"]
+    packages = ["kernels", "engine", "server", "training", "loadtest", "chat"]
     for path in ("pyproject.toml", "requirements.lock", "README.md", *(f"{name}/__init__.py" for name in packages)):
         assert (ROOT / path).exists()
         assert admitted(path), path

@@ -6,13 +6,33 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
+import msgspec
 import pytest
 
 from engine.client import AsyncEngine
-from engine.errors import EngineDied, EngineDraining, EngineError, InvalidRequest, NumericalError, StateUnavailable
-from engine.messages import FinishReason, SequenceOutput, StateSource
+from engine.errors import (
+    CheckpointMissing,
+    CheckpointRejected,
+    EngineDied,
+    EngineDraining,
+    EngineError,
+    InvalidRequest,
+    NumericalError,
+    StateUnavailable,
+)
+from engine.messages import (
+    CheckpointRef,
+    CheckpointStored,
+    FinishReason,
+    ResumeKind,
+    SequenceOutput,
+    SequenceStarted,
+    StateSource,
+)
+from engine.state.checkpoint import encode_state
+from engine.token_chain import extend_digest, root_digest
 from tests.engine.stub_engine import StubEngine, chain_of, request_of
-from tests.engine.stub_runner import StubRunner
+from tests.engine.stub_runner import STUB_SPEC, StubRunner, state_of
 
 PROMPT = [1, 2, 3]
 ENDLESS = 1_000_000
@@ -142,3 +162,43 @@ async def test_closing_fails_what_still_runs() -> None:
         await engine.close()
         with pytest.raises(EngineDied):
             await reader
+
+
+async def test_a_state_from_elsewhere_is_adopted_and_continued() -> None:
+    """From the store, under another chain, and not out of memory: as if it had been saved here."""
+    async with running() as (engine, stub):
+        elsewhere, here = root_digest("elsewhere"), chain_of(PROMPT)
+        ref = CheckpointRef(checkpoint_id="ab" * 16, num_tokens=3, chain=extend_digest(elsewhere, PROMPT))
+        stub.store.put(ref.checkpoint_id, encode_state(state_of(PROMPT, ref.chain), STUB_SPEC), 60.0)
+        stored = await engine.adopt_checkpoint(ref, here)
+        source = StateSource(num_tokens=3, chain=here, checkpoint=stored.ref)
+        events = [event async for event in engine.generate(request_of("a", [9], source=source))]
+        assert isinstance(events[0], SequenceStarted)
+        assert events[0].resume is ResumeKind.RESTORED
+        goes_on = [
+            token_id for event in events[1:] if isinstance(event, SequenceOutput) for token_id in event.token_ids
+        ]
+        assert goes_on == await outputs(engine, "b", prompt_ids=[*PROMPT, 9], keep_state=False)
+
+
+async def test_a_state_that_is_not_what_it_should_be_is_not_adopted() -> None:
+    """Each of several adoptions, and a save of the same chain beside them, has its own answer."""
+    async with running() as (engine, stub):
+        history = PROMPT + await outputs(engine)
+        chain = chain_of(history)
+        good = (await engine.save_state(chain, len(history))).ref
+        wrong = msgspec.structs.replace(good, checkpoint_id="ab" * 16)
+        stub.store.put(wrong.checkpoint_id, encode_state(state_of(PROMPT, chain), STUB_SPEC), 60.0)
+        missing = msgspec.structs.replace(good, checkpoint_id="cd" * 16)
+        answers = await asyncio.gather(
+            engine.adopt_checkpoint(wrong, chain),
+            engine.save_state(chain, len(history)),
+            engine.adopt_checkpoint(missing, chain),
+            engine.adopt_checkpoint(good, chain),
+            return_exceptions=True,
+        )
+        assert isinstance(answers[0], CheckpointRejected)
+        assert isinstance(answers[1], CheckpointStored)
+        assert isinstance(answers[2], CheckpointMissing)
+        assert isinstance(answers[3], CheckpointStored)
+        assert answers[3].adopted == good.checkpoint_id

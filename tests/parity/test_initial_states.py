@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,3 +250,39 @@ def test_a_state_of_another_model_keeps_the_server_from_starting(tuned: Tuned, t
     log = server.log_path.read_text()
     assert "alien.safetensors" in log
     assert "blocks.1.att.time_state is missing" in log
+
+
+def test_a_conversation_takes_the_name_of_its_beginning_along(
+    tuned: Tuned, server: ServerProcess, tmp_path: Path
+) -> None:
+    """Imported elsewhere it begins from the same content, whatever that is called there; else it is refused."""
+    (tmp_path / "states").mkdir()
+    shutil.copy(tuned.states / "bard.safetensors", tmp_path / "states" / "poet.safetensors")
+    options = (*OPTIONS, "--initial-states", str(tmp_path / "states"))
+    with ServerProcess(tuned.model, tmp_path / "data", *options) as other:
+        for name, status in (("bard", 200), ("clerk", 409)):
+            complete(server, PROMPTS[0], conversation_id=f"to-move-{name}", initial_state=name)
+            path = f"/v1/conversations/to-move-{name}/export"
+            for include_state in (True, False):
+                file = server.http.post(path, json={"include_state": include_state}).content
+                answer = other.http.post("/v1/conversations/import", content=file)
+                assert answer.status_code == status
+                if status == 409:
+                    assert error_of(answer)["code"] == "initial_state_mismatch"
+                    continue
+                moved = complete(other, PROMPTS[1], conversation=answer.json()["id"], initial_state="poet")
+                assert tokens_of(moved) == tokens_of(
+                    complete(server, PROMPTS[1], conversation=fork_of(server, f"to-move-{name}"))
+                )
+
+
+def tokens_of(reply: dict[str, Any]) -> list[int]:
+    """What was generated."""
+    token_ids: list[int] = reply["choices"][0]["token_ids"]
+    return token_ids
+
+
+def fork_of(server: ServerProcess, conversation_id: str) -> str:
+    """Return a copy, so that the original stays where it is."""
+    name: str = server.http.post(f"/v1/conversations/{conversation_id}/fork", json={}).json()["id"]
+    return name

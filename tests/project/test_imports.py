@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = {"kernels", "engine", "server", "training", "loadtest"}
+OURS = {"kernels", "engine", "server", "training", "loadtest", "chat"}
 TORCH_FREE_ENGINE = (
     "engine.messages",
     "engine.errors",
@@ -20,6 +20,12 @@ TORCH_FREE_ENGINE = (
     "engine.launch",
     "engine.logs",
     "engine.tokenizer",
+    # The state store, for exports and imports: bytes in and out. What they mean is `engine.state.checkpoint`'s.
+    "engine.state.store",
+    "engine.state.open_store",
+    "engine.state.file_store",
+    "engine.state.memory_store",
+    "engine.state.redis_store",
 )
 MAY_IMPORT = {
     "kernels": {"kernels"},
@@ -27,6 +33,7 @@ MAY_IMPORT = {
     "server": {"server", "engine"},
     "training": {"training", "engine", "kernels"},
     "loadtest": {"loadtest"},
+    "chat": {"chat", "loadtest"},
 }
 SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 
@@ -75,6 +82,12 @@ def test_the_torch_free_engine_is_torch_free(module: str) -> None:
             assert imported.split(".")[0] != "torch"
             if imported.split(".")[0] == "engine":
                 assert is_within(imported, TORCH_FREE_ENGINE), f"{path.name} imports {imported}"
+
+
+def test_the_terminal_takes_only_the_reader_of_events_from_the_load_test() -> None:
+    """Both read OpenAI's streams; nothing else is theirs together."""
+    taken = {module for path in sorted((ROOT / "chat").rglob("*.py")) for module in imported_modules(path)}
+    assert {module for module in taken if module.startswith("loadtest")} == {"loadtest.sse.EventParser"}
 
 
 def test_nothing_reads_pickles() -> None:

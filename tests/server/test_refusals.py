@@ -91,11 +91,13 @@ IMPOSSIBLE_EVERYWHERE: list[tuple[str, Any, str]] = [
     ("conversation_id", 7, ""),
     ("queue_ms", 100, ""),
     ("no_such_field", 1, ""),
-    ("store", True, ""),
     ("service_tier", "priority", ""),
+    ("on_disconnect", "finish", ""),
+    ("on_disconnect", "stop", ""),
     ("model", 1, ""),
 ]
 IMPOSSIBLE_COMPLETIONS: list[tuple[str, Any, str]] = [
+    ("store", True, ""),
     ("suffix", "the end", ""),
     ("best_of", 0, ""),
     ("best_of", 17, ""),
@@ -158,6 +160,8 @@ IMPOSSIBLE_CHATS: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "user", "content": "x" * 1_000_001}], ""),
     ("prompt", "hello", ""),
     ("echo", True, ""),
+    ("store", 1, ""),
+    ("metadata", {"a": 1}, "metadata.a"),
 ]
 
 

@@ -194,6 +194,7 @@ def test_no_setting_comes_or_goes_unnoticed() -> None:
         "log_level",
         "max_body_bytes",
         "max_checkpoints",
+        "max_import_bytes",
         "max_logprobs",
         "max_num_batched_tokens",
         "max_num_queued_reqs",

@@ -110,3 +110,17 @@ def test_a_tenant_runs_no_more_than_its_share_at_once(shared: ServerProcess) -> 
         refused = other.post("/v1/completions", json={**SHORT, "max_tokens": -1})
         assert refused.status_code == 400
         assert other.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_nobody_reaches_the_responses_of_another(shared: ServerProcess) -> None:
+    """Not to read, continue, cancel or delete them; a response in the background runs on undisturbed."""
+    body = {"input": "hello", "background": True, "max_output_tokens": 4000, "ignore_eos": True}
+    with client_with(shared, "single") as mine, client_with(shared, "ada-old") as others:
+        path = f"/v1/responses/{mine.post('/v1/responses', json=body).json()['id']}"
+        for method, rest in (("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")):
+            refused = others.request(method, path + rest)
+            assert (refused.status_code, error_of(refused)["code"]) == (404, "response_not_found")
+        refused = others.post("/v1/responses", json={"input": "x", "previous_response_id": path.rpartition("/")[2]})
+        assert error_of(refused)["code"] == "previous_response_not_found"
+        assert mine.get(path).json()["status"] in ("queued", "in_progress")
+        assert mine.post(f"{path}/cancel").json()["status"] == "cancelled"

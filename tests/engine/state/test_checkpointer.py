@@ -5,12 +5,15 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 
+import msgspec
 import pytest
 
 from engine.errors import CheckpointMissing, CheckpointRejected, StoreUnavailable
 from engine.messages import CheckpointRef
+from engine.state.checkpoint import encode_state
 from engine.state.checkpointer import NUM_WRITERS, SWEEP_SECONDS, Checkpointer
 from engine.state.memory_store import MemoryStore
+from engine.state.spec import RecurrentState
 from tests.engine.stub_runner import STUB_SPEC, state_of, tokens_of
 
 STATE = state_of([1, 2, 3], b"c" * 16)
@@ -166,3 +169,40 @@ def test_the_store_is_swept_at_first_and_then_now_and_then(store: Store) -> None
             time.sleep(0.01)
     checkpointer.close()
     assert store.num_sweeps == 2
+
+
+def uploaded(store: Store, state: RecurrentState) -> CheckpointRef:
+    """Put a state into the store as an import does."""
+    ref = CheckpointRef(checkpoint_id="ab" * 16, num_tokens=state.num_tokens, chain=state.chain)
+    store.put(ref.checkpoint_id, encode_state(state, STUB_SPEC), 60.0)
+    return ref
+
+
+def test_a_state_from_elsewhere_is_adopted_under_its_new_chain(store: Store, checkpointer: Checkpointer) -> None:
+    """The same tokens under a fresh id; what was adopted stays where it was."""
+    ref = uploaded(store, STATE)
+    stored = checkpointer.adopt(ref, b"n" * 16).result(PATIENCE)
+    assert stored.adopted == ref.checkpoint_id
+    assert (stored.ref.chain, stored.ref.num_tokens) == (b"n" * 16, 3)
+    assert tokens_of(checkpointer.fetch(stored.ref).result(PATIENCE)) == [1, 2, 3]
+    assert tokens_of(checkpointer.fetch(ref).result(PATIENCE)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [{"num_tokens": 2}, {"chain": b"x" * 16}], ids=str)
+def test_a_state_of_other_tokens_is_not_adopted(
+    store: Store, checkpointer: Checkpointer, wrong: dict[str, object]
+) -> None:
+    """Nothing is written, and the quarantine is not for what was never ours."""
+    ref = msgspec.structs.replace(uploaded(store, STATE), **wrong)
+    with pytest.raises(CheckpointRejected):
+        checkpointer.adopt(ref, b"n" * 16).result(PATIENCE)
+    assert not store.quarantined
+    assert list(store._blobs) == [ref.checkpoint_id]
+
+
+def test_a_state_that_is_not_of_numbers_is_not_adopted(store: Store, checkpointer: Checkpointer) -> None:
+    """No model makes one, however well its digest is computed."""
+    broken = state_of([1, 2, 3], b"c" * 16)
+    broken.tensors["tape"][7] = float("nan")
+    with pytest.raises(CheckpointRejected, match="numbers"):
+        checkpointer.adopt(uploaded(store, broken), b"n" * 16).result(PATIENCE)

@@ -148,3 +148,27 @@ def test_mistakes_raise_the_clients_own_errors(plain: openai.OpenAI) -> None:
             model="test", messages=MESSAGES, extra_body={"conversation": {"id": "never-made"}}
         )
     assert missing.value.code == "conversation_not_found"
+
+
+def test_a_conversation_is_kept_by_the_client(client: openai.OpenAI) -> None:
+    """Everything the client can do with a conversation and its items; deleting an item returns the conversation."""
+    made = client.conversations.create(
+        metadata={"a": "b"}, items=[{"type": "message", "role": "user", "content": "One."}]
+    )
+    assert client.conversations.retrieve(made.id) == made
+    assert client.conversations.update(made.id, metadata={"c": "d"}).metadata == {"c": "d"}
+    added = client.conversations.items.create(
+        made.id, items=[{"type": "message", "role": "user", "content": text} for text in ("Two.", "Three.")]
+    )
+    assert len(added.data) == 2
+    first = added.data[0]
+    assert client.conversations.items.retrieve(first.id or "", conversation_id=made.id) == first
+    assert client.conversations.items.delete(first.id or "", conversation_id=made.id).id == made.id
+    left = client.conversations.items.list(made.id, order="asc")
+    assert [item.to_dict()["content"][0]["text"] for item in left] == ["One.", "Three."]  # type: ignore[index]
+    with pytest.raises(openai.NotFoundError):
+        client.conversations.items.retrieve(first.id or "", conversation_id=made.id)
+    assert client.conversations.delete(made.id).deleted
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.conversations.retrieve(made.id)
+    assert raised.value.status_code == 410

@@ -242,7 +242,7 @@ def test_a_background_response_may_be_deleted_while_it_is_generated(client: open
 
 
 def test_a_chain_goes_on_from_its_state(http: httpx.Client) -> None:
-    """The whole history counts as input; what of it cost nothing is said, and the tokens are those of a conversation."""
+    """The history counts as input; what of it cost nothing is said, and the tokens are those of a conversation."""
     first = ask(http, "Hello.", temperature=0)
     second = ask(http, "How are you?", previous_response_id=first["id"], temperature=0)
     assert second["previous_response_id"] == first["id"]

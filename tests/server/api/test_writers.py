@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from engine.messages import FinishReason
 from engine.tokenizer.bytes import ByteTokenizer
 from server.api.chat import ChatWriter
 from server.api.completions import CompletionWriter
+from server.api.replays import chat_frames, completion_frames
+from server.api.replies import Identity
 from server.errors import ServerDraining, answer
 from server.generation import ChoiceEvent, Delivered, Finished, Prompted, Started
 from server.schemas.chat import ChatRequest
@@ -33,14 +36,15 @@ WriterMaker = Callable[..., ReplyWriter]
 def chat_writer(**fields: Any) -> ChatWriter:
     """Return the writer of a chat request whose answers think first."""
     body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "n": 2, **fields})
-    writer = ChatWriter(MODEL, ByteTokenizer(), body)
+    writer = ChatWriter(Identity("chatcmpl-1", MODEL), ByteTokenizer(), body)
     writer.expect(render([Message("user", "x")], BUILTIN["g1"], first=True, reasoning_effort="high"))
     return writer
 
 
 def completion_writer(**fields: Any) -> CompletionWriter:
     """Return the writer of a completion request."""
-    return CompletionWriter(MODEL, ByteTokenizer(), CompletionRequest.model_validate({"prompt": "x", "n": 2, **fields}))
+    body = CompletionRequest.model_validate({"prompt": "x", "n": 2, **fields})
+    return CompletionWriter(Identity("cmpl-1", MODEL), ByteTokenizer(), body)
 
 
 def events_of(pieces: list[str]) -> Iterator[ChoiceEvent]:
@@ -102,6 +106,41 @@ def test_a_stream_put_together_is_the_whole_reply(make: WriterMaker, pieces: lis
         writer.add(event)
     for choice in writer.reply().choices:  # type: ignore[attr-defined]
         assert streamed[choice.index] == whole_text(choice)
+
+
+@pytest.mark.parametrize(("make", "frames_of"), [(chat_writer, chat_frames), (completion_writer, completion_frames)])
+@given(pieces=PIECES)
+def test_a_whole_reply_can_be_streamed_again(
+    make: WriterMaker, frames_of: Callable[..., bytes], pieces: list[str]
+) -> None:
+    """Its chunks, put together, say what the stream said that came token by token, usage included."""
+    fields = {"return_token_ids": True, "stream": True, "stream_options": {"include_usage": True}}
+    streamed = merged(chunks_of(make(**fields), pieces))
+    writer = make(**fields)
+    for event in events_of(pieces):
+        writer.add(event)
+    data = frames_of(msgspec.json.encode(writer.reply()), include_usage=True)
+    *frames, done, _ = data.split(b"\n\n")
+    assert done == b"data: [DONE]"
+    assert merged([json.loads(frame.removeprefix(b"data: ")) for frame in frames]) == streamed
+
+
+def merged(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the chunks say of each choice, and in the last one of the whole."""
+    choices: list[dict[str, Any]] = [{"text": "", "thought": "", "token_ids": []} for _ in range(2)]
+    for chunk in chunks[:-1]:
+        assert chunk["usage"] is None
+        for part in chunk["choices"]:
+            choice = choices[part["index"]]
+            said = part.get("delta") or {"content": part.get("text", "")}
+            choice["text"] += said.get("content") or ""
+            choice["thought"] += said.get("reasoning_content") or ""
+            choice["token_ids"] += part.get("token_ids", [])
+            choice["finish_reason"] = part["finish_reason"]
+    return [
+        *choices,
+        {"usage": chunks[-1]["usage"], **{name: chunks[-1][name] for name in IDENTITY if name != "created"}},
+    ]
 
 
 @pytest.mark.parametrize("make", [chat_writer, completion_writer])

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.launch import EngineThread
 from server.app import create_app
 from server.assembly import open_services
+from server.presence import KIND as SERVER_KIND
 from server.presence import Presence
 from server.responses.answering import Answering
 from server.responses.archive import KIND, Archive
@@ -34,14 +35,23 @@ async def services(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Services]:
         yield services
 
 
-async def test_what_is_queued_is_found_by_other_servers_as_queued(services: Services) -> None:
+async def test_what_is_queued_is_found_by_other_servers_as_queued(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They can tell that its server lives as soon as they can find it."""
+    ledger = services.turns.ledger
+    monkeypatch.setattr(ledger, "is_shared", True)
     answering = Answering(services, ResponseRequest.model_validate(BACKGROUND), "")
     await answering.announce("queued")
-    ledger = services.turns.ledger
     another = Archive(ledger, Presence(ledger), ttl_seconds=60)
     stored = await another.find("", answering.draft.response_id)
     assert stored.response.status == "queued"
+
+
+async def test_a_lone_server_gives_no_sign_of_life(services: Services) -> None:
+    """Nobody could see it, and each would be a write to the disk."""
+    async with services.presence.shown():
+        assert await services.turns.ledger.documents(SERVER_KIND) == []
 
 
 async def test_a_response_that_is_refused_cannot_be_found(services: Services) -> None:

@@ -14,7 +14,7 @@ from engine.tokenizer.bytes import ByteTokenizer
 from engine.tokenizer.hf import HuggingFaceTokenizer
 from engine.tokenizer.world import WorldTokenizer
 from server.services import encode_pieces
-from server.templates import BUILTIN, Answer, Message, Opening, Part, Template, render
+from server.templates import BUILTIN, Answer, Message, Opening, Part, Template, render, render_remembered
 
 WORLD, G1, G1H, RAW, INSTRUCTION = (BUILTIN[name] for name in ("world", "g1", "g1h", "raw", "instruction"))
 BUNDLED = Path(__file__).parents[3] / "models/default/tokenizer.json"
@@ -121,3 +121,15 @@ def test_a_resent_history_has_the_tokens_of_the_conversation(
             held += asked_ids + answer_ids
             as_text += [asked, Message("assistant", answer)]
             as_tokens += [asked, Answer(opening, tuple(answer_ids))]
+
+
+@pytest.mark.parametrize("template", [WORLD, G1, G1H, RAW, INSTRUCTION])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_remembered_without_a_thought_is_how_a_history_is_rendered(template: Template, first: bool) -> None:
+    """Prompt and answer are the pieces that an answer sent as text gets, whatever thought it began with."""
+    pieces, answer = render_remembered(
+        [SYSTEM, HI], template, "\nHello\n" if template is not RAW else "Hello", first=first
+    )
+    whole = render([SYSTEM, HI, HELLO, HI], template, first=first).pieces
+    assert (*pieces, answer) == whole[: len(pieces) + 1]
+    assert render_remembered([HI], template, "", first=first)[1] == ""
