@@ -32,7 +32,10 @@ class Presence:
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncGenerator[None]:
-        """Be known to live; raises `LedgerUnavailable` if nobody can be told."""
+        """Be known to live, to those who share the ledger; raises `LedgerUnavailable` if they cannot be told."""
+        if not self._ledger.is_shared:
+            yield
+            return
         if self._num_holders == 0:
             await self._beat()
         self._num_holders += 1

@@ -22,6 +22,7 @@ from server.conversations.ledger import (
     ConversationBusy,
     ConversationExpired,
     ConversationNotFound,
+    LedgerError,
     LedgerUnavailable,
 )
 from server.errors import BadRequest, IdempotencyInProgress
@@ -100,6 +101,8 @@ async def create_response(
         await answering.announce("queued")
         run = await services.runs.start(answering.draft.response_id, begin_work, answering.writer)
     except BaseException:
+        with contextlib.suppress(LedgerError):  # then it is queued for nobody until it expires
+            await answering.withdraw()
         await attempt.release()
         raise
     if body.stream:

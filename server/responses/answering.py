@@ -64,7 +64,12 @@ class Answering:
     async def announce(self, status: str) -> None:
         """Let the response be found while it is generated; raises `LedgerUnavailable`."""
         response = self.draft.begun(status)
-        await self._services.archive.note(self._tenant, self._log_id, response, self._inputs)
+        async with self._services.presence.shown():  # or whoever finds it at once takes its server for dead
+            await self._services.archive.note(self._tenant, self._log_id, response, self._inputs)
+
+    async def withdraw(self) -> None:
+        """Let a response that was announced not be found: its work is refused, and nobody has heard of it."""
+        await self._services.archive.forget(self._tenant, self.draft.response_id)
 
     async def work(self, generation: Generation) -> None:
         """Generate, commit, and tell."""

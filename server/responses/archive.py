@@ -109,8 +109,12 @@ class Archive:
     async def delete(self, tenant: str, response_id: str) -> Stored:
         """Let nobody find the response any more; returns it as it was; raises `ResponseNotFound`."""
         stored = await self.find(tenant, response_id)
-        await self._ledger.delete_document(KIND, scoped(tenant, response_id))
+        await self.forget(tenant, response_id)
         return stored
+
+    async def forget(self, tenant: str, response_id: str) -> None:
+        """Let nobody find the response, if anybody could."""
+        await self._ledger.delete_document(KIND, scoped(tenant, response_id))
 
     # -- what another server generates --------------------------------------------------------------------------------
 

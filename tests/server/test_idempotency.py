@@ -42,6 +42,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     if request.param == "redis":
         under_test = RedisUnderTest(request.getfixturevalue("redis"))
         await under_test.raw.flushall()
+    under_test.ledger.is_shared = True  # by the servers here, which are objects of one process
     await under_test.ledger.open()
     await under_test.ledger.create(new_conversation(TALK))
     yield under_test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -30,6 +31,15 @@ async def read(run: Run, start: int = 0) -> bytes:
     return b"".join([data async for data in run.read(start)])
 
 
+async def start(runs: Runs, drain: Drain, work: Callable[[Generation], Awaitable[None]]) -> Run:
+    """Begin a run of `work`, called `a`."""
+
+    async def generate() -> Generation:
+        return Generation(drain, Budget(Limits()), work)
+
+    return await runs.start("a", generate, Writer())
+
+
 def make_runs() -> tuple[Drain, Metrics, Runs]:
     """Return runs, and what they report to."""
     drain, metrics = Drain(), Metrics(state_tier="file")
@@ -39,7 +49,7 @@ def make_runs() -> tuple[Drain, Metrics, Runs]:
 async def test_a_run_is_read_from_any_frame_by_anybody() -> None:
     """While it goes on, and when it has ended; its size is that of what is read."""
     drain, _, runs = make_runs()
-    run = runs.start("a", lambda: Generation(drain, Budget(Limits()), three_events), Writer())
+    run = await start(runs, drain, three_events)
     assert runs.find("a") is run
     whole = await read(run)
     assert whole == b"opening\n\n0\n\n1\n\n2\n\nclosing\n\n"
@@ -52,7 +62,7 @@ async def test_a_defect_is_told_counted_and_logged(caplog: pytest.LogCaptureFixt
     """With its traceback: nobody may be there to complain."""
     drain, metrics, runs = make_runs()
     with caplog.at_level(logging.ERROR):
-        run = runs.start("a", lambda: Generation(drain, Budget(Limits()), stumble), Writer())
+        run = await start(runs, drain, stumble)
         assert b"internal_error" in await read(run)
     (record,) = caplog.records
     assert record.exc_info is not None
