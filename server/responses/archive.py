@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from server.conversations.history import scoped
+from server.conversations.history import name_of, scoped
 from server.conversations.ledger import (
     ConversationExpired,
     ConversationNotFound,
@@ -32,6 +32,14 @@ KIND = "response"
 END_KIND = "response_end"  # of a response that somebody asked another server to end
 END_TTL_SECONDS = 3600.0
 POLL_SECONDS = 0.5  # how often to ask the ledger what another server does
+
+
+HIDDEN = "~"  # no client's name for a conversation begins like this
+
+
+def is_hidden(log_id: str) -> bool:
+    """Say whether the log is one of responses, which has no name."""
+    return name_of(log_id).startswith(HIDDEN)
 
 
 class Pointer(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +104,7 @@ class Archive:
         try:
             turn = await self._ledger.find_reply(pointer.log_id, response_id) if pointer.log_id else None
         except (ConversationNotFound, ConversationExpired):
-            if response.status in UNFINISHED:
+            if response.status in UNFINISHED or not is_hidden(pointer.log_id):
                 raise ResponseNotFound(response_id) from None  # it went with its conversation
             turn = None
         if turn is not None:

@@ -420,6 +420,22 @@ def test_what_cannot_be_answered_is_refused_by_name(http: httpx.Client, body: di
     assert found.startswith(param)
 
 
+def test_a_conversation_that_is_deleted_takes_its_responses_along(http: httpx.Client) -> None:
+    """Also one that came to nothing, with what it was asked."""
+    talk = http.post("/v1/conversations", json={}).json()["id"]
+    answered = ask(http, conversation=talk)["id"]
+    body = {"input": "Secret.", "conversation": talk, "background": True, "max_output_tokens": 8000}
+    cancelled = http.post("/v1/responses", json=body | ENDLESS).json()["id"]
+    while http.get(f"/v1/responses/{cancelled}").json()["status"] == "queued":
+        pass
+    http.post(f"/v1/responses/{cancelled}/cancel")
+    assert http.get(f"/v1/responses/{cancelled}/input_items").json()["data"]
+    http.delete(f"/v1/conversations/{talk}")
+    for response_id in (answered, cancelled):
+        for path in ("", "/input_items"):
+            assert http.get(f"/v1/responses/{response_id}{path}").status_code == 404
+
+
 def test_a_conversation_that_is_deleted_takes_no_response(http: httpx.Client) -> None:
     """404 for one that never was, 410 for one that was."""
     missing = http.post("/v1/responses", json={"input": "x", "conversation": "nobody"})
