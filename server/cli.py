@@ -45,12 +45,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in PROGRAMS:
         return _run_program(*arguments)
     given = vars(_parser().parse_args(arguments))
-    del given["command"]
+    command = given.pop("command")
     config, check_config = given.pop("config", None), given.pop("check_config", False)
     try:
         settings = Settings.load(given, config)
     except SettingsError as error:
         return _fail(f"sostenuto: {error}", USAGE_ERROR)
+    if command == "doctor":
+        return _examine(settings)
     if check_config:
         print(json.dumps(settings.printable(), indent=2))
         return 0
@@ -68,6 +70,16 @@ def _run_program(command: str, *arguments: str) -> int:
     sys.argv = [f"sostenuto {command}", *words, *arguments]
     runpy.run_module(module, run_name="__main__")
     return 0
+
+
+def _examine(settings: Settings) -> int:
+    from server.doctor import Grade, examine
+
+    worst = 0
+    for finding in examine(settings):
+        print(finding, flush=True)
+        worst = max(worst, START_ERROR if finding.grade is Grade.PROBLEM else 0)
+    return worst
 
 
 def _serve(settings: Settings) -> int:
@@ -110,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--check-config", action="store_true", help="print the effective configuration and exit")
     for name, field in Settings.model_fields.items():
         _add_flag(serve, name, field.annotation, str(field.description), field.get_default())
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether this machine and its stores can keep what a server promises",
+        description="Measure the stores and look at their settings. Takes the flags of serve; exits with 1 if a "
+        "promise cannot be kept.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    for name, field in Settings.model_fields.items():
+        _add_flag(doctor, name, field.annotation, str(field.description), field.get_default())
     for name, (_, _, description) in PROGRAMS.items():
         commands.add_parser(name, help=description)
     return parser

@@ -10,6 +10,7 @@ from fastapi import Depends, Query, Request, Response
 
 from server.api.operations import Router
 from server.api.replies import page_of
+from server.errors import ChatCompletionNotFound
 from server.items import text_of
 from server.parsing import json_body
 from server.schemas.chat import ChatCompletion, ChatCompletionDeleted, ChatCompletionUpdate
@@ -23,6 +24,17 @@ router = Router()
 
 _METADATA = re.compile(r"metadata\[(.+)\]")
 
+_IS_ID = re.compile(r"chatcmpl-[A-Za-z0-9]{1,64}")
+
+
+def _existing(completion_id: str) -> str:
+    """Return the id in a request's path; what no completion can be called does not exist."""
+    if _IS_ID.fullmatch(completion_id) is None:
+        raise ChatCompletionNotFound(completion_id)
+    return completion_id
+
+
+Id = Annotated[str, Depends(_existing)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 Order = Literal["asc", "desc"]
 
@@ -67,7 +79,7 @@ def _completion_of(stored: StoredChat) -> ChatCompletion:
 
 
 @router.operation("GET", "/v1/chat/completions/{completion_id}", reply=ChatCompletion, errors=[404])
-async def retrieve_chat_completion(request: Request, completion_id: str, services: ServicesOf) -> Response:
+async def retrieve_chat_completion(request: Request, completion_id: Id, services: ServicesOf) -> Response:
     """Return a stored completion."""
     return json_response(_completion_of(await services.stored_chats.find(tenant_of(request), completion_id)))
 
@@ -77,7 +89,7 @@ async def retrieve_chat_completion(request: Request, completion_id: str, service
 )
 async def update_chat_completion(
     request: Request,
-    completion_id: str,
+    completion_id: Id,
     body: Annotated[ChatCompletionUpdate, Depends(json_body(ChatCompletionUpdate))],
     services: ServicesOf,
 ) -> Response:
@@ -87,7 +99,7 @@ async def update_chat_completion(
 
 
 @router.operation("DELETE", "/v1/chat/completions/{completion_id}", reply=ChatCompletionDeleted, errors=[404])
-async def delete_chat_completion(request: Request, completion_id: str, services: ServicesOf) -> Response:
+async def delete_chat_completion(request: Request, completion_id: Id, services: ServicesOf) -> Response:
     """Delete a stored completion; a conversation that it was a turn of remembers the turn."""
     await services.stored_chats.delete(tenant_of(request), completion_id)
     return json_response(ChatCompletionDeleted(id=completion_id))
@@ -96,7 +108,7 @@ async def delete_chat_completion(request: Request, completion_id: str, services:
 @router.operation("GET", "/v1/chat/completions/{completion_id}/messages", reply=ItemList, errors=[400, 404])
 async def list_chat_messages(
     request: Request,
-    completion_id: str,
+    completion_id: Id,
     services: ServicesOf,
     after: str | None = None,
     limit: Limit = 20,

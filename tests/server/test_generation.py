@@ -59,6 +59,36 @@ async def test_closing_ends_the_work() -> None:
     assert work.was_cancelled
 
 
+async def test_work_may_outlive_its_reader() -> None:
+    """Closing lets it go on to its end, which a drain waits for and nobody hears."""
+    drain, work = Drain(), Work()
+    drain.enter()
+    generation = Generation(drain, Budget(Limits()), work, outlives_reader=True)
+    await generation.admitted(timeout_seconds=60)
+    await generation.aclose()
+    drain.leave()  # the request is over
+    drain.begin()
+    waiting = asyncio.create_task(drain.wait(timeout_seconds=60))
+    await asyncio.sleep(0)
+    assert (work.was_cancelled, waiting.done(), drain.num_running) == (False, False, 1)
+    work.may_end.set()
+    await waiting
+    assert drain.num_running == 0
+
+
+async def test_work_that_outlives_its_reader_ends_with_the_drain() -> None:
+    """It is interrupted like everything else that takes too long."""
+    drain, work = Drain(), Work()
+    drain.enter()
+    generation = Generation(drain, Budget(Limits()), work, outlives_reader=True)
+    await generation.admitted(timeout_seconds=60)
+    await generation.aclose()
+    drain.leave()
+    await drain.wait(timeout_seconds=0)
+    assert work.was_cancelled
+    assert drain.num_running == 0
+
+
 async def test_an_interruption_is_what_the_reader_hears() -> None:
     """The error, after the events that came before it."""
     generation = Generation(Drain(), Budget(Limits()), Work())
