@@ -30,9 +30,8 @@ from server.frames import KEEP_ALIVE
 from server.idempotency import REPLAYED, Kept, key_of
 from server.parsing import json_body
 from server.responses.answering import Answering
-from server.responses.archive import POLL_SECONDS, UNFINISHED, Archive, Stored
+from server.responses.archive import POLL_SECONDS, UNFINISHED, Archive, Stored, is_hidden
 from server.responses.errors import ResponseNotFound
-from server.responses.log import is_hidden
 from server.responses.writer import Event, frames_after
 from server.runs import END_OF_FRAME
 from server.schemas.items import ItemList

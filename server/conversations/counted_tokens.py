@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
+from server.conversations.history import tail_to
 from server.conversations.ledger import Turn
 
 NUM_COUNTED_TOKENS = 2048  # with RWKV's decay of 0.996 what is older than that counts for nothing
+
+FIRST_WINDOW = 32  # entries that are read at first: most answers have more than 64 tokens
+
+
+async def counted_tokens(read: Callable[[int], Awaitable[Sequence[Turn]]], version: int, limit: int) -> list[int]:
+    """Return the last `limit` tokens that were generated on the path to `version`, oldest first.
+
+    `read(base)` returns all entries of the log after `base`. Of a long log only its end is read.
+    """
+    window = FIRST_WINDOW
+    while True:
+        base = max(0, version - window)
+        path, begin = tail_to(await read(base), version, base)
+        outputs = newest_outputs(path, limit)
+        if begin == 0 or len(outputs) == limit:
+            return outputs
+        window *= 8
 
 
 def newest_outputs(turns: Sequence[Turn], limit: int) -> list[int]:

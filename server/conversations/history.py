@@ -26,12 +26,21 @@ def path_to(entries: Sequence[Turn], version: int, base: int = 0) -> list[Turn] 
 
     `entries` are all entries of a log after `base`, in order.
     """
+    path, begin = tail_to(entries, version, base)
+    return path if begin == base else None
+
+
+def tail_to(entries: Sequence[Turn], version: int, base: int) -> tuple[list[Turn], int]:
+    """As `path_to`, with the entry that those continue: `base` or, where the path does not lead over that, one before.
+
+    0 is the empty history.
+    """
     path: list[Turn] = []
     while version > base:
         entry = entries[version - base - 1]
         path.append(entry)
         version = entry.parent_version
-    return path[::-1] if version == base else None
+    return path[::-1], version
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from engine.messages import (
     StopRules,
 )
 from engine.token_chain import extend_digest
-from server.conversations.counted_tokens import NUM_COUNTED_TOKENS, newest_outputs
+from server.conversations.counted_tokens import NUM_COUNTED_TOKENS, counted_tokens
 from server.conversations.history import History, history_of, is_marker, path_to, root_of
 from server.conversations.lease_keeper import LeaseKeeper
 from server.conversations.ledger import (
@@ -233,7 +233,7 @@ class OpenTurn:
         """Return what the conversation generated last, if penalties count it."""
         if not sampling.has_penalties or self.conversation.version == 0:
             return []
-        return newest_outputs((await self.history()).path, NUM_COUNTED_TOKENS)
+        return await counted_tokens(self._entries, self.conversation.version, NUM_COUNTED_TOKENS)
 
     async def consume_instead(self, prompt_ids: list[int], output_ids: list[int]) -> None:
         """Let the turn have said `output_ids` after `prompt_ids`, whatever was generated: only that is remembered.

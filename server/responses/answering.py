@@ -76,12 +76,15 @@ class Answering:
         if not self._body.store:
             await self._answer(generation)
             return
-        async with self._services.presence.shown(), self._ended_from_elsewhere(generation):
-            try:
-                await self._answer(generation)
-            except BaseException as error:
-                await asyncio.shield(self._note_failure(generation.interruption or error))
-                raise
+        try:
+            async with self._services.presence.shown(), self._ended_from_elsewhere(generation):
+                try:
+                    await self._answer(generation)
+                except BaseException as error:
+                    await asyncio.shield(self._note_failure(generation.interruption or error))
+                    raise
+        finally:
+            self._services.archive.ended(self._tenant, self.draft.response_id)
 
     @contextlib.asynccontextmanager
     async def _ended_from_elsewhere(self, generation: Generation) -> AsyncGenerator[None]:
@@ -223,16 +226,16 @@ class Answering:
         )
 
     async def _note_failure(self, error: BaseException) -> None:
-        """Say of a response that will not come why it will not; if even that fails, its server's death will say it."""
-        if not self._log_id and not self._body.background:
-            return  # refused before it began: nobody knows its id
+        """Say of a response that will not come why it will not; if even that fails, it is found as failed untold."""
         if isinstance(error, ResponseCancelled | asyncio.CancelledError):
             response = self.draft.begun("cancelled")
         else:
             told = answer(error if isinstance(error, Exception) else RuntimeError())
             response = self.draft.failed(told.code, told.body.error.message)
+        archive = self._services.archive
         with contextlib.suppress(LedgerError):
-            await self._services.archive.note(self._tenant, self._log_id, response, self._inputs)
+            if await archive.is_noted(self._tenant, response.id):  # else nobody knows it, or somebody has deleted it
+                await archive.note(self._tenant, self._log_id, response, self._inputs)
 
 
 @contextlib.contextmanager

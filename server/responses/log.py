@@ -9,21 +9,15 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
 from engine.messages import CheckpointRef
-from server.conversations.history import name_of, scoped
+from server.conversations.history import scoped
 from server.conversations.ledger import ConversationBusy, LedgerError, VersionConflict
 from server.conversations.open_turn import OpenTurn
 from server.conversations.turns import ConversationSelector, Turns
-from server.responses.archive import Archive
+from server.responses.archive import HIDDEN, Archive, is_hidden
 from server.responses.errors import PreviousResponseNotFound, PreviousResponseUnfinished, ResponseNotFound
 from server.schemas.responses import ResponseRequest
 
 KIND = "responses"
-HIDDEN = "~"  # no client's name for a conversation begins like this
-
-
-def is_hidden(log_id: str) -> bool:
-    """Say whether the log is one of responses, which has no name."""
-    return name_of(log_id).startswith(HIDDEN)
 
 
 def _new_log_id(tenant: str) -> str:

@@ -375,6 +375,19 @@ def test_a_deleted_response_is_gone_for_everybody(http: httpx.Client) -> None:
     assert third["usage"]["input_tokens_details"]["cached_tokens"] == second["usage"]["total_tokens"]
 
 
+def test_a_response_that_is_deleted_while_it_streams_stays_deleted(http: httpx.Client) -> None:
+    """Its stream ends with an error, which is not noted under an id that is gone."""
+    body = {"input": "Hello.", "stream": True, "max_output_tokens": 8000}
+    with http.stream("POST", "/v1/responses", json=body | ENDLESS) as reading:
+        events = frames(reading.iter_lines())
+        made = next(events)["response"]["id"]
+        while next(events)["type"] != "response.output_text.delta":
+            pass
+        assert http.delete(f"/v1/responses/{made}").status_code == 200
+        assert list(events)[-1]["type"] == "response.failed"
+    assert http.get(f"/v1/responses/{made}").status_code == 404
+
+
 def test_a_response_may_be_deleted_while_the_next_is_generated(http: httpx.Client) -> None:
     """The next has it as its history and ends as any other; when that is deleted, too, nothing is left."""
     first = ask(http)
@@ -418,6 +431,22 @@ def test_what_cannot_be_answered_is_refused_by_name(http: httpx.Client, body: di
     found = error_of(refused)["param"]
     assert found is not None
     assert found.startswith(param)
+
+
+def test_a_conversation_that_is_deleted_takes_its_responses_along(http: httpx.Client) -> None:
+    """Also one that came to nothing, with what it was asked."""
+    talk = http.post("/v1/conversations", json={}).json()["id"]
+    answered = ask(http, conversation=talk)["id"]
+    body = {"input": "Secret.", "conversation": talk, "background": True, "max_output_tokens": 8000}
+    cancelled = http.post("/v1/responses", json=body | ENDLESS).json()["id"]
+    while http.get(f"/v1/responses/{cancelled}").json()["status"] == "queued":
+        pass
+    http.post(f"/v1/responses/{cancelled}/cancel")
+    assert http.get(f"/v1/responses/{cancelled}/input_items").json()["data"]
+    http.delete(f"/v1/conversations/{talk}")
+    for response_id in (answered, cancelled):
+        for path in ("", "/input_items"):
+            assert http.get(f"/v1/responses/{response_id}{path}").status_code == 404
 
 
 def test_a_conversation_that_is_deleted_takes_no_response(http: httpx.Client) -> None:

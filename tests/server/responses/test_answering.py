@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.launch import EngineThread
 from server.app import create_app
 from server.assembly import open_services
+from server.conversations.sqlite_ledger import SqliteLedger
 from server.presence import KIND as SERVER_KIND
 from server.presence import Presence
 from server.responses.answering import Answering
@@ -64,3 +65,23 @@ async def test_a_response_that_is_refused_cannot_be_found(services: Services) ->
         assert [document.document_id for document in await ledger.documents(KIND)] == [taken]
         await http.delete(f"/v1/responses/{taken}")
     assert await ledger.documents(KIND) == []
+
+
+async def test_what_ended_while_the_ledger_was_gone_is_not_waited_for(services: Services) -> None:
+    """Its end could not be noted; it is found as failed all the same, and can be deleted."""
+    ledger = services.turns.ledger
+    assert isinstance(ledger, SqliteLedger)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://x") as http:
+        made = (await http.post("/v1/responses", json=BACKGROUND)).json()["id"]
+        while (await http.get(f"/v1/responses/{made}")).json()["status"] == "queued":
+            pass
+        run = services.runs.find(made)
+        assert run is not None
+        ledger._failure = "unplugged"
+        run.cancel()
+        await run.wait()
+        ledger._failure = None
+        found = (await http.get(f"/v1/responses/{made}")).json()
+        assert (found["status"], found["error"]["code"]) == ("failed", "store_unavailable")
+        assert (await http.delete(f"/v1/responses/{made}")).status_code == 200
+        assert (await http.get(f"/v1/responses/{made}")).status_code == 404
