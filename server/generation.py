@@ -240,18 +240,27 @@ class Generation:
 
 
 async def generate_choices(
-    services: Services, generation: Generation, tenant: str, plans: Sequence[ChoicePlan]
-) -> list[Outcome]:
+    services: Services,
+    generation: Generation,
+    tenant: str,
+    plans: Sequence[ChoicePlan],
+    keep: Callable[[list[Outcome]], Awaitable[None]] | None = None,
+) -> None:
     """Generate independent choices, all at once, each from the empty history of `tenant` and its initial state.
 
-    Return them in order.
+    With `keep`, which gets them in order, no end is told before all of them are kept.
     """
+    generate = _generate_choice if keep is None else generate_alone
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_generate_choice(services, generation, tenant, plan)) for plan in plans]
+            tasks = [group.create_task(generate(services, generation, tenant, plan)) for plan in plans]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first to fail cancelled the others
-    return [task.result() for task in tasks]
+    if keep is not None:
+        outcomes = [task.result() for task in tasks]
+        await keep(outcomes)
+        for outcome in outcomes:
+            generation.emit(outcome.finished)
 
 
 async def _generate_choice(services: Services, generation: Generation, tenant: str, plan: ChoicePlan) -> Outcome:

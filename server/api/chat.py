@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Annotated
 
@@ -150,13 +150,16 @@ class Work:
         planner, body = self._planner, self._body
         prompt = planner.render(self._services.template)
         self._writer.expect(prompt)
-        outcomes = await generate_choices(self._services, generation, self._tenant, await planner.plans(prompt))
-        if not (body.store or self._attempt.has_key):
-            return
+        plans = await planner.plans(prompt)
+        keep = self._keep if body.store or self._attempt.has_key else None
+        await generate_choices(self._services, generation, self._tenant, plans, keep)
+
+    async def _keep(self, outcomes: Sequence[Outcome]) -> None:
+        """Keep the reply where it can be asked for again."""
         reply = whole_reply(self._writer.again(), outcomes)
-        if body.store:
+        if self._body.store:
             await self._services.stored_chats.put(
-                self._tenant, self._attempt.reply_id, body.metadata, reply, planner.inputs
+                self._tenant, self._attempt.reply_id, self._body.metadata, reply, self._planner.inputs
             )
         if self._attempt.has_key:
             await self._attempt.keep(reply)

@@ -79,11 +79,13 @@ async def create_completion(
         return replayed(attempt.reply, frames, stream=body.stream)
     writer = CompletionWriter(Identity(attempt.reply_id, services.model), services.tokenizer, body)
 
+    async def keep_reply(outcomes: Sequence[Outcome]) -> None:
+        await attempt.keep(whole_reply(writer.again(), outcomes))
+
     async def work(generation: Generation) -> None:
         if selector is None:
-            outcomes = await generate_choices(services, generation, tenant_of(request), planner.plans(prompts))
-            if attempt.has_key:
-                await attempt.keep(whole_reply(writer.again(), outcomes))
+            keep = keep_reply if attempt.has_key else None
+            await generate_choices(services, generation, tenant_of(request), planner.plans(prompts), keep)
             return
         async with services.turns.open(selector, if_match=version, queue_seconds=body.queue_ms / 1000) as turn:
             await attempt.enter(turn.conversation.conversation_id)

@@ -30,7 +30,7 @@ from server.responses.draft import Draft
 from server.responses.errors import ResponseCancelled
 from server.responses.log import opened, predecessor_of
 from server.responses.writer import ResponseWriter
-from server.schemas.responses import ResponseRequest
+from server.schemas.responses import Response, ResponseRequest
 from server.services import Services
 from server.templates import Opening, Part, RenderedPrompt, Template, TemplateError, render, tools_text
 
@@ -65,7 +65,17 @@ class Answering:
         """Let the response be found while it is generated; raises `LedgerUnavailable`."""
         response = self.draft.begun(status)
         async with self._services.presence.shown():  # or whoever finds it at once takes its server for dead
-            await self._services.archive.note(self._tenant, self._log_id, response, self._inputs)
+            await self._note(response)
+
+    async def _note(self, response: Response) -> None:
+        """Note how the response stands, beside its log.
+
+        What was said in a conversation is in its log alone, so that it goes when the conversation is deleted.
+        """
+        inputs = self._inputs
+        if self._body.conversation is not None:
+            response, inputs = msgspec.structs.replace(response, instructions=None), []
+        await self._services.archive.note(self._tenant, self._log_id, response, inputs)
 
     async def withdraw(self) -> None:
         """Let a response that was announced not be found: its work is refused, and nobody has heard of it."""
@@ -235,7 +245,7 @@ class Answering:
         archive = self._services.archive
         with contextlib.suppress(LedgerError):
             if await archive.is_noted(self._tenant, response.id):  # else nobody knows it, or somebody has deleted it
-                await archive.note(self._tenant, self._log_id, response, self._inputs)
+                await self._note(response)
 
 
 @contextlib.contextmanager

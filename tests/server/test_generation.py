@@ -7,9 +7,20 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.messages import FinishReason, SamplingParams, StopRules
 from server.drain import Drain
 from server.errors import BadRequest, ServerDraining
-from server.generation import ChoiceEvent, Generation, Started
+from server.generation import (
+    ChoiceEvent,
+    ChoicePlan,
+    Delivered,
+    Finished,
+    Generation,
+    Outcome,
+    Prompted,
+    Started,
+    generate_choices,
+)
 from server.rate_limits import Budget, Limits
 
 
@@ -172,3 +183,26 @@ async def test_the_drain_knows_what_runs_and_nothing_else() -> None:
     assert running.was_cancelled
     for generation in generations:
         await generation.aclose()
+
+
+async def test_no_end_is_told_before_all_answers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever hears the end may ask for the reply again, and whoever cannot be kept hears of that instead."""
+    told: list[list[ChoiceEvent]] = []
+
+    async def alone(services: object, generation: Generation, tenant: str, plan: ChoicePlan) -> Outcome:
+        finished = Finished(plan.index, FinishReason.STOP, None, 0, None)
+        return Outcome(Prompted(plan.index, [], None), Delivered(plan.index, "", [], None), finished)
+
+    async def keep(outcomes: list[Outcome]) -> None:
+        told.append(list(generation._events))
+        assert [outcome.finished.index for outcome in outcomes] == [0, 1]
+
+    async def work(generation: Generation) -> None:
+        plans = [ChoicePlan(index, [], SamplingParams(seed=0), StopRules(max_tokens=1)) for index in range(2)]
+        await generate_choices(None, generation, "", plans, keep)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("server.generation.generate_alone", alone)
+    generation = Generation(Drain(), Budget(Limits()), work)
+    events = await read(generation)
+    assert told == [[]]
+    assert [type(event) for event in events] == [Finished, Finished]

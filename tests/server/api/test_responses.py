@@ -434,7 +434,7 @@ def test_what_cannot_be_answered_is_refused_by_name(http: httpx.Client, body: di
 
 
 def test_a_conversation_that_is_deleted_takes_its_responses_along(http: httpx.Client) -> None:
-    """Also one that came to nothing, with what it was asked."""
+    """Also one that came to nothing."""
     talk = http.post("/v1/conversations", json={}).json()["id"]
     answered = ask(http, conversation=talk)["id"]
     body = {"input": "Secret.", "conversation": talk, "background": True, "max_output_tokens": 8000}
@@ -442,7 +442,6 @@ def test_a_conversation_that_is_deleted_takes_its_responses_along(http: httpx.Cl
     while http.get(f"/v1/responses/{cancelled}").json()["status"] == "queued":
         pass
     http.post(f"/v1/responses/{cancelled}/cancel")
-    assert http.get(f"/v1/responses/{cancelled}/input_items").json()["data"]
     http.delete(f"/v1/conversations/{talk}")
     for response_id in (answered, cancelled):
         for path in ("", "/input_items"):
@@ -457,3 +456,16 @@ def test_a_conversation_that_is_deleted_takes_no_response(http: httpx.Client) ->
     http.delete(f"/v1/conversations/{gone}")
     expired = http.post("/v1/responses", json={"input": "x", "conversation": gone})
     assert (expired.status_code, error_of(expired)["code"]) == (410, "conversation_expired")
+
+
+def test_what_is_noted_beside_a_conversation_repeats_none_of_its_words(http: httpx.Client) -> None:
+    """They are in its log alone, and go with it: a response that was cut off has neither instructions nor inputs."""
+    talk = http.post("/v1/conversations", json={}).json()["id"]
+    asked = {"instructions": "Hush.", "input": "Secret.", "conversation": talk}
+    made = http.post("/v1/responses", json={**asked, **ENDLESS, "background": True, "max_output_tokens": 8000}).json()
+    cancelled = http.post(f"/v1/responses/{made['id']}/cancel").json()
+    assert (cancelled["status"], cancelled["instructions"]) == ("cancelled", None)
+    assert http.get(f"/v1/responses/{made['id']}/input_items").json()["data"] == []
+    done = ask(http, **{key: value for key, value in asked.items() if key != "input"}, temperature=0)
+    found = http.get(f"/v1/responses/{done['id']}").json()
+    assert found["instructions"] == "Hush."
