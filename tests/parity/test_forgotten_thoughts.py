@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load
 
+from server.conversations.portable import read
 from tests.parity.test_edits import say, tokens
 from tests.server_process import ServerProcess
 
@@ -58,3 +60,19 @@ def test_what_is_forgotten_leaves_no_trace_in_the_state(server: ServerProcess) -
         json={"prompt": body, "max_tokens": 12, "seed": 8, "return_token_ids": True, "stop": ["\nUser:"]},
     ).json()
     assert tokens(say(server, name, "On.", seed=8)) == last["choices"][0]["token_ids"]
+
+
+def test_the_state_is_that_of_a_conversation_in_which_nothing_was_thought(server: ServerProcess) -> None:
+    """To the byte, as two exported files have it: one turn thought and forgot, the other never had a thought."""
+    thoughtful, plain = uuid.uuid4().hex, uuid.uuid4().hex
+    say(server, thoughtful, "One line.", seed=1, keep_reasoning=False)
+    body = {"prompt": "User: One line.\n\nAssistant:", "max_tokens": 0, "conversation_id": plain}
+    assert server.http.post("/v1/completions", json=body).status_code == 200
+    files = [
+        read(server.http.post(f"/v1/conversations/{name}/export", json={"include_state": True}).content)
+        for name in (thoughtful, plain)
+    ]
+    first, second = (load(bytes(state)) for file in files if (state := file.state()) is not None)
+    assert files[0].log.chain == files[1].log.chain
+    assert first.keys() == second.keys()
+    assert all(first[name].numpy().tobytes() == second[name].numpy().tobytes() for name in first)
