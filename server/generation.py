@@ -139,7 +139,7 @@ class Generation:
         self.is_committing = False  # or has committed
         self._has_ended = False
         self._task = asyncio.create_task(self._run(work))
-        self._task.add_done_callback(lambda _: budget.end())  # also of a task that never came to run
+        self._task.add_done_callback(self._end)  # also of a task that never came to run
         self._drain.add(self)
 
     async def _run(self, work: Callable[[Generation], Awaitable[None]]) -> None:
@@ -149,10 +149,12 @@ class Generation:
             if self.interruption is None:
                 raise
             raise self.interruption from None
-        finally:
-            self._drain.discard(self)
-            self._has_ended = True
-            self._wake_reader()
+
+    def _end(self, _: asyncio.Task[None]) -> None:
+        self._budget.end()
+        self._drain.discard(self)
+        self._has_ended = True
+        self._wake_reader()
 
     # -- for the work -------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from server.api_keys import KeyHolder, digest_of, read_api_keys
+from server.api_keys import ApiKeyError, KeyHolder, digest_of, read_api_keys
 from server.rate_limits import Budget, Limits
 from server.settings import Settings
 
@@ -40,6 +40,8 @@ class Tenants:
             keys.append((digest_of(settings.api_key.get_secret_value()), only))
         for holder in read_api_keys(settings.api_keys_file) if settings.api_keys_file is not None else ():
             keys += _keys_of(holder, limits)
+        if len({digest for digest, _ in keys}) < len(keys):
+            raise ApiKeyError("the server's own api_key stands in it, too: whose it is would be anybody's guess")
         return cls(keys, None if keys else only)
 
     def find(self, token: bytes) -> Tenant | None:

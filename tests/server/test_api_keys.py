@@ -9,6 +9,7 @@ import pytest
 
 from server.api_keys import ApiKeyError, digest_of, read_api_keys
 from server.settings import Settings, SettingsError
+from server.tenants import Tenants
 
 SECRET = "pr1vate-key"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
@@ -64,3 +65,11 @@ def test_a_file_of_keys_is_enough_to_listen_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text(f'[ada]\nsha256 = "{DIGEST}"\n')
     assert Settings.load({"host": "0.0.0.0", "api_keys_file": str(path)}).host == "0.0.0.0"
+
+
+def test_the_servers_own_key_is_nobody_elses(tmp_path: Path) -> None:
+    """A key that opens for two tenants opens for neither: the server does not start."""
+    file = tmp_path / "keys.toml"
+    file.write_text('[ada]\nkey = "one-key"\n')
+    with pytest.raises(ApiKeyError, match="api_key"):
+        Tenants.of(Settings(api_key="one-key", api_keys_file=file))

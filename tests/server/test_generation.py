@@ -206,3 +206,13 @@ async def test_no_end_is_told_before_all_answers_are_kept(monkeypatch: pytest.Mo
     events = await read(generation)
     assert told == [[]]
     assert [type(event) for event in events] == [Finished, Finished]
+
+
+async def test_work_that_never_began_has_ended_too() -> None:
+    """Cancelled before its first step, it leaves nothing behind that a drain would wait for, and no reader waiting."""
+    drain, work = Drain(), Work()
+    generation = Generation(drain, Budget(Limits()), work)
+    await generation.aclose()
+    assert drain.num_running == 0
+    with pytest.raises(asyncio.CancelledError):
+        await generation.take()
