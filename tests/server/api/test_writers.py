@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.messages import FinishReason
 from engine.tokenizer.bytes import ByteTokenizer
-from server.api.chat import ChatWriter
+from server.api.chat_writer import ChatWriter
 from server.api.completions import CompletionWriter
 from server.api.replays import chat_frames, completion_frames
 from server.api.replies import Identity
