@@ -10,7 +10,19 @@ import msgspec
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
-_encode = msgspec.json.Encoder().encode
+# JSON may hold them as they are, but readers that split streams into lines of text take them for ends of lines.
+_LINE_ENDS = {"\u0085": rb"\u0085", "\u2028": rb"\u2028", "\u2029": rb"\u2029"}
+
+_encoder = msgspec.json.Encoder()
+
+
+def _encode(value: object) -> bytes:
+    """Return `value` as JSON that is one line, however lines are told apart."""
+    data = _encoder.encode(value)
+    if not data.isascii():
+        for character, escaped in _LINE_ENDS.items():
+            data = data.replace(character.encode(), escaped)
+    return data
 
 
 def frame(data: msgspec.Struct, name: str | None = None) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import msgspec
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -47,3 +48,17 @@ def test_a_frame_may_have_a_name() -> None:
     assert frame(Chunk("a", "b", {}), "response.failed") == (
         b'event: response.failed\ndata: {"before":"a","text":"b","after":{}}\n\n'
     )
+
+
+@pytest.mark.parametrize("text", ["a\u0085b", "\u2028", "one\u2029two\u2028", "plain", "é\u2028"])
+def test_a_frame_is_one_line_for_every_reader(text: str) -> None:
+    """Those that split text, not bytes, know more ends of lines; JSON says the same either way."""
+
+    class Said(msgspec.Struct):
+        text: str
+
+    whole = frame(Said(text))
+    filled = FrameTemplate(lambda filling: frame(Said(filling))).fill(text)
+    assert whole == filled
+    (line,) = whole.decode().strip("\n").splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}

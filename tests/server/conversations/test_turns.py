@@ -205,7 +205,7 @@ def stored_names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("loss", ["memory", "checkpoint"])
-async def test_what_is_lost_is_found_again(ledger: Ledger, engine: AsyncEngine, loss: str) -> None:
+async def test_what_is_lost_is_found_again(ledger: Ledger, engine: AsyncEngine, loss: str, tmp_path: Path) -> None:
     """Out of memory a state is restored; out of the store too, the log is replayed; tokens are the same."""
     turns = make_turns(ledger, engine)
     await take_turn(turns)
@@ -221,6 +221,10 @@ async def test_what_is_lost_is_found_again(ledger: Ledger, engine: AsyncEngine, 
     engine.forget_state(head.chain)
     if loss == "checkpoint":
         engine.delete_checkpoints([head.checkpoints[1].checkpoint_id])
+        async with asyncio.timeout(10):
+            gone = head.checkpoints[1].checkpoint_id
+            while any(gone in name for name in stored_names(tmp_path / "states")):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
     async with turns.open(bob) as turn:
         assert await generate(turn, b" And?") == expected
         receipt = await turn.commit()
