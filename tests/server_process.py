@@ -17,7 +17,7 @@ import openai
 from tests.conftest import ROOT
 from tests.redis_server import free_port
 
-START_SECONDS = 60.0
+START_SECONDS = 90.0
 
 
 class ServerProcess:
@@ -57,9 +57,15 @@ class ServerProcess:
         command += self.options
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-        deadline = time.monotonic() + START_SECONDS
+        try:
+            self._wait(self.process, time.monotonic() + START_SECONDS)
+        except BaseException:
+            self.kill()  # or it takes time from every test that follows
+            raise
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
         while not self.is_healthy():
-            assert self.process.poll() is None, f"the server ended:\n{self.log_path.read_text()[-4000:]}"
+            assert process.poll() is None, f"the server ended:\n{self.log_path.read_text()[-4000:]}"
             assert time.monotonic() < deadline, f"the server is not healthy:\n{self.log_path.read_text()[-4000:]}"
             time.sleep(0.05)
 
