@@ -1,13 +1,14 @@
 """What a long chat costs: the first token of turn 20 beside that of turn 1, three ways to go on; and a shared prompt.
 
 Over HTTP, with the bundled model, because a client that resends its history sends text, and only a trained model's
-text encodes to the tokens it was sampled as.
+text encodes to the tokens it was sampled as. Part of `make bench`; alone: `python -m tests.benchmarks.turns_bench`.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -158,3 +159,13 @@ def stream(http: httpx.Client, path: str, body: dict[str, Any], text_of: Callabl
     if first is None:
         raise RuntimeError(f"an answer without a token: {body}")
     return Answered(first, text, response_id)
+
+
+def main() -> None:
+    """Measure in three rounds, and print one JSON line."""
+    with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
+        print(json.dumps(TurnBench(Path(directory), rounds=3).run()))
+
+
+if __name__ == "__main__":
+    main()
