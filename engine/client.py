@@ -1,21 +1,24 @@
-"""The client's end of the seam: submit a sequence, read its events, whatever process the engine lives in.
+"""The client's end of the seam: submit a sequence, hear its events, whatever process the engine lives in.
 
-Belongs to one event loop. It knows token ids and names of states, never text. When the engine dies, every sequence
-that ran raises `EngineDied` at once, a new engine is started, and requests are refused until it is ready.
+Belongs to one event loop. It knows token ids and names of states, never text. Whoever runs a sequence is called with
+its events: waking a task for each costs more than what is done with one. Whoever is late is told of more at once. When
+the engine dies, every sequence that ran raises `EngineDied` at once, a new engine is started, and requests are refused
+until it is ready.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import zmq
-import zmq.asyncio
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -45,7 +48,6 @@ from engine.messages import (
     Drained,
     EngineReady,
     EngineStats,
-    Event,
     ForgetState,
     GenerationRequest,
     Hello,
@@ -62,10 +64,14 @@ from engine.messages import (
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
+SequenceEvent = SequenceStarted | SequenceOutput
+ReportedEvent = SequenceEvent | SequenceFailed | CheckpointStored | CheckpointFailed
+Hear = Callable[[SequenceEvent], None]
 Result = TypeVar("Result")
 
 MIN_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
+MAX_REPORTS_AT_ONCE = 32  # then everything else on the loop has its turn
 
 _FAILURES: dict[str, type[EngineError]] = {
     "queue_full": QueueFull,
@@ -90,12 +96,13 @@ class AsyncEngine:
         self._host = host
         self._on_report = on_report
         self._ready: EngineReady | None = None
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._started: asyncio.Future[EngineReady] | None = None  # the first engine
+        self._sequences: dict[str, _Sequence] = {}
         self._saves: defaultdict[bytes, list[asyncio.Future[CheckpointStored]]] = defaultdict(list)  # oldest first
         self._adoptions: dict[str, asyncio.Future[CheckpointStored]] = {}  # by the checkpoint to adopt
         self._drained: list[asyncio.Future[None]] = []
         self._context = zmq.Context[zmq.Socket[bytes]]()
-        self._socket: zmq.asyncio.Socket | None = None
+        self._socket: zmq.Socket[bytes] | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @classmethod
@@ -117,6 +124,7 @@ class AsyncEngine:
         """Start the engine and return what it serves; raises `EngineDied` if it ends before it is ready."""
         loop = asyncio.get_running_loop()
         started: asyncio.Future[EngineReady] = loop.create_future()
+        self._started = started
         self._supervisor = loop.create_task(self._supervise(started))
         either: list[asyncio.Future[Any]] = [started, self._supervisor]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -133,29 +141,37 @@ class AsyncEngine:
             self._supervisor = None
         self._context.term()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceStarted | SequenceOutput]:
-        """Run `request` and yield its events; outputs that wait together arrive as one.
+    async def run(self, request: GenerationRequest, hear: Hear) -> None:
+        """Run `request` to its end, and call `hear` with its events on the way; outputs that wait together come as one.
 
-        Leaving early aborts the sequence within one step. Raises `InvalidRequest`, `QueueFull`, `EngineDraining`,
-        `StateUnavailable`, `InitialStateUnavailable`, `NumericalError`, `EngineDied` or `EngineError`.
+        An error of `hear`, which is raised here, and being cancelled abort the sequence within one step. Raises
+        `InvalidRequest`, `QueueFull`, `EngineDraining`, `StateUnavailable`, `InitialStateUnavailable`,
+        `NumericalError`, `EngineDied` or `EngineError`.
         """
-        if request.request_id in self._mailboxes:
+        with self._submitted(request, hear) as sequence:
+            await sequence.ended
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceEvent]:
+        """As `run`, but yield the events. Leaving early aborts the sequence."""
+        events: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
+        with self._submitted(request, events.put_nowait) as sequence:
+            sequence.ended.add_done_callback(lambda _: events.put_nowait(None))
+            while (event := await events.get()) is not None:
+                yield event
+            sequence.ended.result()
+
+    @contextlib.contextmanager
+    def _submitted(self, request: GenerationRequest, hear: Hear) -> Iterator[_Sequence]:
+        if request.request_id in self._sequences:
             raise InvalidRequest("request_id", f"a sequence {request.request_id!r} is running")
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        is_running = True
+        sequence = self._sequences[request.request_id] = _Sequence(hear)
         try:
             self._send(Submit(request))
-            while is_running:
-                for event in await mailbox.take():
-                    if isinstance(event, SequenceOutput):
-                        is_running = event.finish_reason is None
-                    elif isinstance(event, SequenceFailed):
-                        is_running = False
-                        raise _failure(event)
-                    yield event
+            yield sequence
         finally:
-            del self._mailboxes[request.request_id]
-            if is_running and self.is_ready:
+            del self._sequences[request.request_id]
+            sequence.forget()
+            if sequence.is_running and self.is_ready:
                 self._send(Abort(request.request_id))
 
     async def save_state(self, chain: bytes, num_tokens: int, copy_of: CheckpointRef | None = None) -> CheckpointStored:
@@ -211,7 +227,7 @@ class AsyncEngine:
         backoff_seconds = MIN_BACKOFF_SECONDS
         while True:
             born_at = time.monotonic()
-            reason = await self._live(started)
+            reason = await self._live()
             if not started.done():
                 started.set_exception(EngineDied(reason))
                 return
@@ -224,60 +240,74 @@ class AsyncEngine:
             await asyncio.sleep(backoff_seconds)
             backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
 
-    async def _live(self, started: asyncio.Future[EngineReady]) -> str:
+    async def _live(self) -> str:
         """Run one engine from its start to its end; returns why it ended."""
         endpoint = await self._host.start(self._context)
-        socket = self._socket = zmq.asyncio.Context(self._context).socket(zmq.DEALER)
+        loop = asyncio.get_running_loop()
+        socket = self._socket = self._context.socket(zmq.DEALER)
         socket.set_hwm(0)
         socket.linger = 0
-        receiving: asyncio.Task[None] | None = None
+        loop.add_reader(socket.FD, self._take_in)
         reason = "the engine was closed"
         try:
             socket.connect(endpoint)
-            receiving = asyncio.create_task(self._receive(socket, started))
             self._transmit(Hello())
             reason = await self._host.wait()
             return reason
         finally:
-            if receiving is not None:
-                receiving.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await receiving
+            loop.remove_reader(socket.FD)
             self._ready = self._socket = None
             socket.close()
             self._fail_all(EngineDied(reason))
             await self._host.stop()
 
-    async def _receive(self, socket: zmq.asyncio.Socket, started: asyncio.Future[EngineReady]) -> None:
-        while True:
-            event = decode_event(await socket.recv())
+    def _take_in(self) -> None:
+        """Take in what has come; called whenever something may have.
+
+        The descriptor of a ZeroMQ socket says that its state has changed, and says it once: also after sending, what
+        has come must be looked for.
+        """
+        reports: list[StepReport] = []
+        while self._socket is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if len(reports) == MAX_REPORTS_AT_ONCE:
+                asyncio.get_running_loop().call_soon(self._take_in)
+                break
             try:
-                self._dispatch(event, started)
-            except Exception:  # one bad report must not deafen the client
-                logger.exception("event not handled")
+                event = decode_event(self._socket.recv(zmq.NOBLOCK))
+            except msgspec.MsgspecError:  # one bad report must not deafen the client
+                logger.exception("event not understood")
+                continue
+            if isinstance(event, StepReport):
+                reports.append(event)
+            else:
+                self._note(event)
+        if reports:
+            self._tell(_joined(reports))
+            self._observe(reports)
 
-    def _dispatch(self, event: Event, started: asyncio.Future[EngineReady]) -> None:
-        if isinstance(event, StepReport):
-            self._report(event)
-        elif isinstance(event, EngineReady):
-            self._ready = event
-            if not started.done():
-                started.set_result(event)
-        elif isinstance(event, Drained):
+    def _note(self, event: EngineReady | Drained) -> None:
+        if isinstance(event, Drained):
             _resolve(self._drained, None)
+            return
+        self._ready = event
+        if self._started is not None and not self._started.done():
+            self._started.set_result(event)
 
-    def _report(self, report: StepReport) -> None:
-        for event in report.events:
+    def _tell(self, events: Iterable[ReportedEvent]) -> None:
+        for event in events:
             if isinstance(event, (SequenceOutput, SequenceStarted, SequenceFailed)):  # nearly always the first
-                if (mailbox := self._mailboxes.get(event.request_id)) is not None:
-                    mailbox.put(event)
+                if (sequence := self._sequences.get(event.request_id)) is not None:
+                    sequence.tell(event)
             elif isinstance(event, CheckpointStored):
                 _resolve(self._waiting_for(event.adopted, event.ref.chain), event)
             else:
                 _reject(self._waiting_for(event.adopted, event.chain), _checkpoint_failure(event))
-        self.latest_stats = report.stats or self.latest_stats
-        if self._on_report is not None:
-            self._on_report(report)
+
+    def _observe(self, reports: Iterable[StepReport]) -> None:
+        for report in reports:
+            self.latest_stats = report.stats or self.latest_stats
+            if self._on_report is not None:
+                self._on_report(report)
 
     def _waiting_for(self, adopted: str, chain: bytes) -> list[asyncio.Future[CheckpointStored]]:
         """Return, as a list of at most one, who waits for a checkpoint."""
@@ -303,8 +333,8 @@ class AsyncEngine:
             del self._saves[chain]
 
     def _fail_all(self, error: EngineError) -> None:
-        for mailbox in self._mailboxes.values():
-            mailbox.break_with(error)
+        for sequence in self._sequences.values():
+            sequence.end(error)
         for saves in self._saves.values():
             _reject(saves, error)
         _reject(self._adoptions.values(), error)
@@ -317,67 +347,77 @@ class AsyncEngine:
 
     def _transmit(self, command: Command) -> None:
         assert self._socket is not None, "a ready engine has a socket"
-        self._socket.send(encode(command))  # without a high-water mark it never waits
+        self._socket.send(encode(command), zmq.NOBLOCK)  # without a high-water mark it never waits
+        asyncio.get_running_loop().call_soon(self._take_in)
 
 
-class _Mailbox:
-    """The events of one sequence that nobody has read yet. Has one reader."""
+class _Sequence:
+    """A sequence that runs, and who hears of it."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: list[SequenceStarted | SequenceOutput | SequenceFailed] = []
-        self._error: EngineError | None = None
-        self._arrival: asyncio.Future[None] | None = None  # what the reader waits for
+    def __init__(self, hear: Hear) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_running = True  # as far as the engine has said
+        self._hear = hear
 
-    def put(self, event: SequenceStarted | SequenceOutput | SequenceFailed) -> None:
-        """Add an event; an output is merged into one that still waits."""
-        events = self._events
-        if events and isinstance(event, SequenceOutput) and isinstance(last := events[-1], SequenceOutput):
-            events[-1] = _merged(last, event)
+    def tell(self, event: SequenceEvent | SequenceFailed) -> None:
+        """Pass on what happened to it."""
+        if isinstance(event, SequenceFailed):
+            self.end(_failure(event))
+            return
+        if self.ended.done():
+            return
+        is_last = isinstance(event, SequenceOutput) and event.finish_reason is not None
+        self.is_running = not is_last
+        try:
+            self._hear(event)
+        except Exception as error:
+            self.ended.set_exception(error)
         else:
-            events.append(event)
-        self._wake_reader()
+            if is_last:
+                self.ended.set_result(None)
 
-    def break_with(self, error: EngineError) -> None:
-        """Let the reader raise `error` after what has arrived."""
-        self._error = error
-        self._wake_reader()
+    def end(self, error: EngineError) -> None:
+        """End it with `error`: it runs no more."""
+        self.is_running = False
+        if not self.ended.done():
+            self.ended.set_exception(error)
 
-    def _wake_reader(self) -> None:
-        if self._arrival is not None:
-            if not self._arrival.done():
-                self._arrival.set_result(None)
-            self._arrival = None
-
-    async def take(self) -> list[SequenceStarted | SequenceOutput | SequenceFailed]:
-        """Return what has arrived, waiting for the first; raises what broke the sequence."""
-        if not self._events and self._error is None:
-            self._arrival = self._loop.create_future()
-            await self._arrival
-        events, self._events = self._events, []
-        if not events and self._error is not None:
-            raise self._error
-        return events
+    def forget(self) -> None:
+        """Let nobody care any more how it ended."""
+        if not self.ended.cancel() and not self.ended.cancelled():
+            self.ended.exception()  # or asyncio complains that it was never asked for
 
 
-def _merged(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    return SequenceOutput(
-        request_id=first.request_id,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=_joined(first.logprobs, second.logprobs),
-        prompt_logprobs=_joined(first.prompt_logprobs, second.prompt_logprobs),
-        finish_reason=second.finish_reason,
-        stop_reason=second.stop_reason,
-        stop_logprobs=second.stop_logprobs,
-        num_sampled_tokens=second.num_sampled_tokens,
-        num_kept_tokens=second.num_kept_tokens,
+def _joined(reports: Sequence[StepReport]) -> Sequence[ReportedEvent]:
+    """Return what the reports say, in order, but all outputs of one sequence as one, where the first stood."""
+    if len(reports) == 1:
+        return reports[0].events
+    events: list[ReportedEvent] = []
+    outputs: defaultdict[str, list[SequenceOutput]] = defaultdict(list)
+    for event in itertools.chain.from_iterable(report.events for report in reports):
+        if isinstance(event, SequenceOutput):
+            outputs[event.request_id].append(event)
+            if len(outputs[event.request_id]) > 1:
+                continue
+        events.append(event)
+    return [_merged(outputs[event.request_id]) if isinstance(event, SequenceOutput) else event for event in events]
+
+
+def _merged(outputs: list[SequenceOutput]) -> SequenceOutput:
+    """Return consecutive outputs of a sequence as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return msgspec.structs.replace(
+        outputs[-1],
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        logprobs=_concatenated(output.logprobs for output in outputs),
+        prompt_logprobs=_concatenated(output.prompt_logprobs for output in outputs),
     )
 
 
-def _joined(first: list[Entry] | None, second: list[Entry] | None) -> list[Entry] | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+def _concatenated(parts: Iterable[list[Entry] | None]) -> list[Entry] | None:
+    known = [part for part in parts if part is not None]
+    return [entry for part in known for entry in part] if known else None
 
 
 def _failure(failed: SequenceFailed) -> EngineError:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from engine.client import Hear, SequenceEvent
 from engine.messages import (
     FinishReason,
     GenerationRequest,
@@ -28,7 +30,7 @@ from engine.messages import (
 )
 from engine.token_chain import root_digest
 from engine.tokenizer import Detokenizer
-from server.conversations.open_turn import OpenTurn, SequenceEvent, TurnContent, TurnReceipt
+from server.conversations.open_turn import OpenTurn, TurnContent, TurnReceipt
 from server.drain import Drain
 from server.errors import ServerDraining
 from server.rate_limits import Budget
@@ -54,7 +56,7 @@ class Prompted(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs | None] | None
 
 
-class Delivered(msgspec.Struct, frozen=True):
+class Delivered(msgspec.Struct, frozen=True, gc=False):
     """Tokens have come. `text` is what they complete; it may be empty."""
 
     index: int
@@ -135,6 +137,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._events: list[ChoiceEvent] = []  # not taken yet; bounded by max_output_tokens
         self._arrival: asyncio.Future[None] | None = None  # what a reader waits for
+        self._hear: Callable[[ChoiceEvent], bool] = lambda _: False  # what a reader is called by
         self.interruption: Exception | None = None  # why it is cancelled, if that is not because the reader left
         self.is_committing = False  # or has committed
         self._has_ended = False
@@ -159,12 +162,12 @@ class Generation:
     # -- for the work -------------------------------------------------------------------------------------------------
 
     def emit(self, event: ChoiceEvent) -> None:
-        """Tell the reader, and count what it cost."""
-        if isinstance(event, Prompted):
-            self._budget.spend_tokens(len(event.prompt_ids))
-        elif isinstance(event, Delivered):
+        """Tell the reader, and count what it cost; raises what a reader raises who is called."""
+        if isinstance(event, Delivered):  # nearly always
             self._budget.spend_tokens(len(event.token_ids))
-        if self._is_heard:
+        elif isinstance(event, Prompted):
+            self._budget.spend_tokens(len(event.prompt_ids))
+        if self._is_heard and (self._events or not self._hear(event)):
             self._events.append(event)
             self._wake_reader()
 
@@ -200,17 +203,25 @@ class Generation:
         if not self._events:
             await self._task
 
+    def attend(self, hear: Callable[[ChoiceEvent], bool]) -> None:
+        """From now on call `hear` with events before they wait for `take`, unless others wait already.
+
+        It says whether that was all; if not, the event waits. Waking a reader costs more than what most do with one.
+        """
+        self._hear = hear
+
     async def take(self) -> list[ChoiceEvent]:
         """Return what has come since the last time, waiting for something; nothing when all is said.
 
-        Raises what ended the work early, after the events before it.
+        What was delivered of a choice meanwhile is one event: whoever is late has less to do. Raises what ended the
+        work early, after the events before it.
         """
         if not self._events:
             await self._arrived()
             if not self._events:
                 await self._task
         events, self._events = self._events, []
-        return events
+        return events if len(events) == 1 else _joined(events)
 
     async def _arrived(self) -> None:
         if not self._events and not self._has_ended:
@@ -236,6 +247,32 @@ class Generation:
         self._drain.leave()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("what a client had left to be finished failed", extra={"reason": type(error).__name__})
+
+
+def _joined(events: list[ChoiceEvent]) -> list[ChoiceEvent]:
+    """Return `events` with all that is delivered of one choice as one, where the first stood: nothing comes between."""
+    delivered: defaultdict[int, list[Delivered]] = defaultdict(list)
+    told: list[ChoiceEvent] = []
+    for event in events:
+        if isinstance(event, Delivered):
+            delivered[event.index].append(event)
+            if len(delivered[event.index]) > 1:
+                continue
+        told.append(event)
+    return [_whole(delivered[event.index]) if isinstance(event, Delivered) else event for event in told]
+
+
+def _whole(parts: list[Delivered]) -> Delivered:
+    """Return consecutive parts of one choice as one."""
+    if len(parts) == 1:
+        return parts[0]
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return Delivered(
+        parts[0].index,
+        "".join(part.text for part in parts),
+        [token_id for part in parts for token_id in part.token_ids],
+        [entry for part in logprobs for entry in part] if logprobs else None,
+    )
 
 
 # -- the work itself --------------------------------------------------------------------------------------------------
@@ -289,8 +326,8 @@ async def generate_alone(services: Services, generation: Generation, tenant: str
         borders=_with_end(plan) if shares else [],
     )
     choice = _Choice(services, generation, plan)
-    finished = await _follow(choice, services.engine.generate(request))
-    return choice.outcome(finished)
+    await services.engine.run(request, choice.hear)
+    return choice.outcome(choice.finished())
 
 
 def _beginning(tenant: str, initial_state: InitialStateRef | None) -> StateSource:
@@ -317,9 +354,8 @@ def _with_end(plan: ChoicePlan) -> list[int]:
 async def generate_untold(services: Services, generation: Generation, turn: OpenTurn, plan: ChoicePlan) -> Outcome:
     """As `generate_alone`, after a conversation's history, which stays as it is."""
     choice = _Choice(services, generation, plan)
-    events = _turn_events(services, turn, plan, keep_state=False)
-    finished = await _follow(choice, events)
-    return choice.outcome(msgspec.structs.replace(finished, receipt=turn.receipt))
+    await _run_turn(services, turn, plan, choice.hear, keep_state=False)
+    return choice.outcome(msgspec.structs.replace(choice.finished(), receipt=turn.receipt))
 
 
 async def generate_turn(
@@ -336,7 +372,8 @@ async def generate_turn(
     instead, as tokens.
     """
     choice = _Choice(services, generation, plan)
-    last = await _follow(choice, _turn_events(services, turn, plan, keep_state=remembered is None))
+    await _run_turn(services, turn, plan, choice.hear, keep_state=remembered is None)
+    last = choice.finished()
     if remembered is not None:
         await turn.consume_instead(*await remembered(choice.whole.text))
     finished = msgspec.structs.replace(last, receipt=turn.receipt)
@@ -346,28 +383,17 @@ async def generate_turn(
     generation.emit(finished)
 
 
-def _turn_events(
-    services: Services, turn: OpenTurn, plan: ChoicePlan, *, keep_state: bool
-) -> AsyncIterator[SequenceEvent]:
-    return turn.generate(
+async def _run_turn(services: Services, turn: OpenTurn, plan: ChoicePlan, hear: Hear, *, keep_state: bool) -> None:
+    await turn.generate(
         plan.prompt_ids,
         plan.sampling,
         plan.stop,
         plan.num_prompt_logprobs,
+        hear=hear,
         priority=plan.priority,
         keep_state=keep_state,
         borders=plan.borders if services.settings.prefix_states else (),
     )
-
-
-async def _follow(choice: _Choice, events: AsyncIterator[SequenceEvent]) -> Finished:
-    """Emit what the engine tells of one sequence; return its end, which is not told yet."""
-    async for event in events:
-        if isinstance(event, SequenceStarted):
-            choice.started(event)
-        else:
-            choice.advanced(event)
-    return choice.finished()
 
 
 class _Choice:
@@ -382,16 +408,24 @@ class _Choice:
         self._prompt: Prompted | None = None
         self._num_cached_tokens = 0
         self._last: SequenceOutput | None = None
-        self._delivered: list[Delivered] = []
+        # What was delivered; not the events, of which the garbage collector would have to look after every single one.
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
 
-    def started(self, event: SequenceStarted) -> None:
-        """The choice has a slot."""
+    def hear(self, event: SequenceEvent) -> None:
+        """Emit what the engine tells; the end is left to be told."""
+        if isinstance(event, SequenceOutput):
+            self._advanced(event)
+        else:
+            self._started(event)
+
+    def _started(self, event: SequenceStarted) -> None:
         self._clock.started(event)
         self._num_cached_tokens = event.num_cached_tokens
         self._generation.emit(Started(self._plan.index))
 
-    def advanced(self, event: SequenceOutput) -> None:
-        """Emit what a step brought."""
+    def _advanced(self, event: SequenceOutput) -> None:
         is_last = event.finish_reason is not None
         if event.prompt_logprobs:
             self._prompt_logprobs += [entry for entry in event.prompt_logprobs if entry is not None]
@@ -403,9 +437,10 @@ class _Choice:
             self._last = event
         if event.token_ids or text:
             self._clock.delivered()
-            delivered = Delivered(self._plan.index, text, event.token_ids, event.logprobs)
-            self._delivered.append(delivered)
-            self._generation.emit(delivered)
+            self._texts.append(text)
+            self._token_ids += event.token_ids
+            self._logprobs += event.logprobs or ()
+            self._generation.emit(Delivered(self._plan.index, text, event.token_ids, event.logprobs))
 
     def _prompted(self) -> None:
         asked = self._plan.num_prompt_logprobs is not None
@@ -421,12 +456,11 @@ class _Choice:
         self._clock.finished(last.finish_reason, last.num_sampled_tokens)
         if last.finish_reason is FinishReason.ABORT:
             raise ServerDraining  # a client that leaves hears nothing: only a drain aborts for somebody who listens
-        num_output_tokens = sum(len(delivered.token_ids) for delivered in self._delivered)
         return Finished(
             self._plan.index,
             last.finish_reason,
             last.stop_reason,
-            num_output_tokens,
+            len(self._token_ids),
             receipt=None,
             num_cached_tokens=self._num_cached_tokens,
             num_kept_tokens=last.num_kept_tokens,
@@ -441,10 +475,5 @@ class _Choice:
     @property
     def whole(self) -> Delivered:
         """Everything that was delivered, in one piece."""
-        logprobs = [entry for delivered in self._delivered for entry in delivered.logprobs or ()]
-        return Delivered(
-            self._plan.index,
-            "".join(delivered.text for delivered in self._delivered),
-            [token_id for delivered in self._delivered for token_id in delivered.token_ids],
-            logprobs if self._plan.sampling.num_logprobs is not None else None,
-        )
+        is_asked = self._plan.sampling.num_logprobs is not None
+        return Delivered(self._plan.index, "".join(self._texts), self._token_ids, self._logprobs if is_asked else None)

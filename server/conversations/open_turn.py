@@ -13,16 +13,16 @@ TurnError
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.client import Hear, SequenceEvent
 from engine.errors import StateUnavailable
 from engine.messages import (
     CheckpointRef,
@@ -30,7 +30,6 @@ from engine.messages import (
     GenerationRequest,
     ResumeKind,
     SamplingParams,
-    SequenceOutput,
     SequenceStarted,
     StateSource,
     StopRules,
@@ -57,8 +56,6 @@ logger = logging.getLogger(__name__)
 
 # Hashing a token costs about a microsecond; longer lists leave the event loop.
 MAX_TOKENS_HASHED_ON_LOOP = 4096
-
-SequenceEvent = SequenceStarted | SequenceOutput
 
 
 class TurnError(Exception):
@@ -196,16 +193,17 @@ class OpenTurn:
         stop: StopRules,
         num_prompt_logprobs: int | None = None,
         *,
+        hear: Hear,
         priority: int = 0,
         keep_state: bool = True,
         borders: Sequence[int] = (),
-    ) -> AsyncIterator[SequenceEvent]:
-        """Consume `prompt_ids` after the base's history and yield what comes of it.
+    ) -> None:
+        """Consume `prompt_ids` after the base's history and call `hear` with what comes of it.
 
         The `borders` of a prompt without history are where it may begin at a state that others left, or leave one.
 
         The first event is the `SequenceStarted` of the attempt that works: a state that cannot be had is replayed from
-        the log. Raises `LeaseLost` as soon as it is known, `LogCorrupt`, and what `AsyncEngine.generate` raises.
+        the log. Raises `LeaseLost` as soon as it is known, `LogCorrupt`, and what `AsyncEngine.run` raises.
         """
         assert self._request is None, "a turn generates once"
         if self._base is None:
@@ -223,11 +221,13 @@ class OpenTurn:
             counted_ids=await self._counted_ids(sampling),
             borders=list(borders) if source.num_tokens == 0 else [],
         )
-        async with contextlib.aclosing(self._run_or_replay(request)) as events:
-            async for event in events:
-                self._keeper.check()
-                self._record(event)
-                yield event
+
+        def record(event: SequenceEvent) -> None:
+            self._keeper.check()
+            self._record(event)
+            hear(event)
+
+        await self._run_or_replay(request, record)
 
     async def _counted_ids(self, sampling: SamplingParams) -> list[int]:
         """Return what the conversation generated last, if penalties count it."""
@@ -251,9 +251,7 @@ class OpenTurn:
             keep_state=True,
             num_prompt_logprobs=None,
         )
-        async with contextlib.aclosing(self._run_or_replay(consumed)) as events:
-            async for _ in events:
-                self._keeper.check()
+        await self._run_or_replay(consumed, hear=lambda _: self._keeper.check())
         self._request = msgspec.structs.replace(self._request, prompt_ids=prompt_ids)
         self._output_ids = output_ids
 
@@ -361,20 +359,16 @@ class OpenTurn:
 
     # -- the state it begins from -------------------------------------------------------------------------------------
 
-    async def _run_or_replay(self, request: GenerationRequest) -> AsyncGenerator[SequenceEvent]:
+    async def _run_or_replay(self, request: GenerationRequest, hear: Hear) -> None:
         try:
-            async with contextlib.aclosing(self._turns.engine.generate(request)) as events:
-                async for event in events:
-                    yield event
+            await self._turns.engine.run(request, hear)
             return
         except StateUnavailable as unavailable:
             if request.source.checkpoint is None:
                 raise
             logger.warning("state not available: replaying the log", extra={"reason": str(unavailable)})
         whole = msgspec.structs.replace(request, source=await self._whole_source())
-        async with contextlib.aclosing(self._turns.engine.generate(whole)) as events:
-            async for event in events:
-                yield event
+        await self._turns.engine.run(whole, hear)
 
     async def _newest_source(self) -> StateSource:
         """Name the base's state, its newest checkpoint, and the tokens after that."""

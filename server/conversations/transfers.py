@@ -138,9 +138,7 @@ class Transfers:
             source=source,
             keep_state=True,
         )
-        async with contextlib.aclosing(self._turns.engine.generate(request)) as events:
-            async for _ in events:
-                pass
+        await self._turns.engine.run(request, hear=lambda _: None)
         return len(token_ids)
 
     # -- in -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from engine.messages import (
     Drained,
     Event,
     FinishReason,
+    ForgetState,
     GenerationRequest,
     ResumeKind,
     SamplingParams,
@@ -38,6 +39,7 @@ from engine.messages import (
     StepReport,
     StopRules,
     Submit,
+    TokenLogprobs,
 )
 from tests.engine.scripted_engine import READY, Answer, ScriptedEngine
 
@@ -86,15 +88,51 @@ async def test_events_arrive_in_order_and_end_with_the_last_output() -> None:
         assert not any(isinstance(command, Abort) for command in script.commands)
 
 
-async def test_outputs_that_wait_together_are_read_as_one() -> None:
-    """A reader that was late gets everything at once, tokens in order."""
+async def test_outputs_that_wait_together_are_heard_as_one() -> None:
+    """Who was late hears everything at once, tokens and what belongs to them in order, and no other sequence's."""
+    chosen = [TokenLogprobs(-1.0), TokenLogprobs(-2.0)]
+    last = SequenceOutput(request_id="a", token_ids=[2, 3], logprobs=chosen[1:], finish_reason=FinishReason.STOP)
+    other = SequenceOutput(request_id="b", token_ids=[7])
 
     def answer(command: Command) -> list[Event]:
-        return [StepReport(events=[STARTED, output(1), output(2), output(3, finish=FinishReason.STOP)])]
+        if not isinstance(command, Submit):
+            return []
+        first = SequenceOutput(request_id="a", token_ids=[1], logprobs=chosen[:1])
+        return [StepReport(events=[STARTED]), StepReport(events=[other, first]), StepReport(events=[last, other])]
 
-    async with running(answer) as (engine, _):
-        events = [event async for event in engine.generate(request())]
-        assert events == [STARTED, output(1, 2, 3, finish=FinishReason.STOP)]
+    heard: list[SequenceStarted | SequenceOutput] = []
+    async with running(answer) as (engine, script):
+        sequence = asyncio.create_task(engine.run(request(), heard.append))
+        await asyncio.sleep(0)
+        engine.forget_state(b"")
+        script.wait_for(ForgetState)  # on the loop, so that it is late: all three reports have been sent by now
+        await sequence
+    whole = SequenceOutput(request_id="a", token_ids=[1, 2, 3], logprobs=chosen, finish_reason=FinishReason.STOP)
+    assert heard == [STARTED, whole]
+
+
+async def test_a_listener_that_fails_ends_its_sequence_alone() -> None:
+    """Its error is raised where the sequence was run, the engine is told, and others hear on."""
+
+    def answer(command: Command) -> list[Event]:
+        if not isinstance(command, Submit):
+            return []
+        events = [SequenceStarted(request_id=name, resume=ResumeKind.NEW) for name in "ab"]
+        return [StepReport(events=[*events, output(1)])] if command.request.request_id == "b" else []
+
+    def fail(event: SequenceStarted | SequenceOutput) -> None:
+        raise KeyError(event.request_id)
+
+    heard: list[SequenceStarted | SequenceOutput] = []
+    async with running(answer) as (engine, script):
+        failing = asyncio.create_task(engine.run(request("a"), fail))
+        await asyncio.sleep(0)
+        other = asyncio.create_task(engine.run(request("b"), heard.append))
+        with pytest.raises(KeyError, match="a"):
+            await failing
+        assert await asyncio.to_thread(script.wait_for, Abort) == Abort("a")
+        other.cancel()
+        assert heard == [SequenceStarted(request_id="b", resume=ResumeKind.NEW)]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from engine.client import AsyncEngine
+from engine.client import AsyncEngine, SequenceEvent
 from engine.config import EngineConfig
 from engine.messages import CheckpointStored, ResumeKind, SamplingParams, SequenceOutput, StopRules
 from engine.process import run_engine
@@ -96,9 +96,12 @@ def observer_of(turns: Turns) -> Observer:
 async def generate(turn: OpenTurn, text: bytes = b"Hello.") -> list[int]:
     """Run the turn's generation to its end."""
     token_ids: list[int] = []
-    async for event in turn.generate(list(text), SAMPLING, STOP):
+
+    def hear(event: SequenceEvent) -> None:
         if isinstance(event, SequenceOutput):
-            token_ids += event.token_ids
+            token_ids.extend(event.token_ids)
+
+    await turn.generate(list(text), SAMPLING, STOP, hear=hear)
     return token_ids
 
 
@@ -124,8 +127,14 @@ async def test_a_committed_turn_is_exactly_what_was_said(ledger: Ledger, engine:
 @asynccontextmanager
 async def abandoned(turns: Turns) -> AsyncIterator[None]:
     """A turn that is generated in part and left."""
-    async with turns.open(ADA) as turn, aclosing(turn.generate(list(b"Hm."), SAMPLING, STOP)) as events:
-        await anext(events)
+    has_begun = asyncio.Event()
+    async with turns.open(ADA) as turn:
+        generating = asyncio.create_task(
+            turn.generate(list(b"Hm."), SAMPLING, STOP, hear=lambda event: has_begun.set())
+        )
+        await has_begun.wait()
+        generating.cancel()
+        await asyncio.wait([generating])
     yield
 
 
