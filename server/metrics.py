@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Final
 
@@ -83,6 +84,19 @@ LABELLED_ENGINE_COUNTERS: Final = {
     ),
 }
 
+# How the engine is, as it said last.
+_ENGINE_GAUGES: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
+    ("rwkv_sequences_running", "Sequences in a slot.", lambda stats: stats.num_running),
+    ("rwkv_sequences_waiting", "Sequences waiting for a slot.", lambda stats: stats.num_waiting),
+    ("rwkv_hot_states", "States held in host memory between turns.", lambda stats: stats.num_hot_states),
+    ("rwkv_hot_state_bytes", "Bytes of these states.", lambda stats: stats.hot_state_bytes),
+    ("rwkv_checkpoints_pending", "States waiting to be written.", lambda stats: stats.pending_checkpoints),
+)
+_NO_STATS: Final = EngineStats(
+    num_steps=0, num_running=0, num_waiting=0, num_slots_used=0, num_slots=0, num_hot_states=0, hot_state_bytes=0,
+    pending_checkpoints=0,
+)  # fmt: skip
+
 
 class Metrics:
     """All metrics of one API process, in a registry of their own."""
@@ -104,25 +118,21 @@ class EngineMetrics:
 
     def __init__(self, registry: CollectorRegistry, state_tier: str) -> None:
         self._state_tier = state_tier
+        self._latest = _NO_STATS
         self._totals = EngineTotals()
         registry.register(self._totals)
         self.model = Info("rwkv_model", "What is being served.", registry=registry)
         self.state_bytes = Gauge("rwkv_state_bytes", "Size of one conversation's state.", registry=registry)
         self.up = Gauge("rwkv_engine_up", "1 while the engine takes requests.", registry=registry)
         self.restarts = Gauge("rwkv_engine_restarts", "Engines started to replace a lost one.", registry=registry)
-        self.running = Gauge("rwkv_sequences_running", "Sequences in a slot.", registry=registry)
-        self.waiting = Gauge("rwkv_sequences_waiting", "Sequences waiting for a slot.", registry=registry)
-        self.slots = Gauge("rwkv_state_slots", "Slots of the device's state pool.", ["status"], registry=registry)
-        self.hot_states = Gauge("rwkv_hot_states", "States held in host memory between turns.", registry=registry)
-        self.hot_state_bytes = Gauge("rwkv_hot_state_bytes", "Bytes of these states.", registry=registry)
-        self.pending_checkpoints = Gauge("rwkv_checkpoints_pending", "States waiting to be written.", registry=registry)
-        self.step_seconds = Histogram(
-            "rwkv_engine_step_seconds", "Duration of an engine step.", buckets=STEP_BUCKETS, registry=registry
-        )
-        self.batch_size = Histogram("rwkv_batch_size", "Sequences in a step.", buckets=SIZE_BUCKETS, registry=registry)
-        self.step_tokens = Histogram(
-            "rwkv_step_tokens", "Tokens consumed by a step.", buckets=SIZE_BUCKETS, registry=registry
-        )
+        for name, description, value in _ENGINE_GAUGES:
+            Gauge(name, description, registry=registry).set_function(partial(self._now, value))
+        slots = Gauge("rwkv_state_slots", "Slots of the device's state pool.", ["status"], registry=registry)
+        slots.labels("used").set_function(partial(self._now, lambda stats: stats.num_slots_used))
+        slots.labels("free").set_function(partial(self._now, lambda stats: stats.num_slots - stats.num_slots_used))
+        self.step_seconds = LoopHistogram("rwkv_engine_step_seconds", "Duration of an engine step.", STEP_BUCKETS)
+        self.batch_size = LoopHistogram("rwkv_batch_size", "Sequences in a step.", SIZE_BUCKETS)
+        self.step_tokens = LoopHistogram("rwkv_step_tokens", "Tokens consumed by a step.", SIZE_BUCKETS)
         self.queue_seconds = Histogram(
             "rwkv_queue_seconds", "Wait of a sequence for a slot.", buckets=WAIT_BUCKETS, registry=registry
         )
@@ -133,10 +143,11 @@ class EngineMetrics:
             buckets=WAIT_BUCKETS,
             registry=registry,
         )
-        self.inter_token_seconds = TokenHistogram(
+        self.inter_token_seconds = LoopHistogram(
             "rwkv_inter_token_latency_seconds", "Between deliveries of one sequence.", STEP_BUCKETS
         )
-        registry.register(self.inter_token_seconds)
+        for histogram in (self.step_seconds, self.batch_size, self.step_tokens, self.inter_token_seconds):
+            registry.register(histogram)
         self.prompt_tokens = Counter(
             "rwkv_prompt_tokens", "Tokens of prompts, histories not included.", registry=registry
         )
@@ -177,14 +188,11 @@ class EngineMetrics:
         self.step_tokens.observe(step.num_decode_tokens + step.num_prefill_tokens)
 
     def _stats(self, stats: EngineStats) -> None:
-        self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting)
-        self.slots.labels("used").set(stats.num_slots_used)
-        self.slots.labels("free").set(stats.num_slots - stats.num_slots_used)
-        self.hot_states.set(stats.num_hot_states)
-        self.hot_state_bytes.set(stats.hot_state_bytes)
-        self.pending_checkpoints.set(stats.pending_checkpoints)
+        self._latest = stats
         self._totals.counters = {"rwkv_engine_steps_total": float(stats.num_steps), **stats.counters}
+
+    def _now(self, value: Callable[[EngineStats], float]) -> float:
+        return value(self._latest)
 
     def watch(self, num_prompt_tokens: int) -> SequenceClock:
         """Return the clock of a sequence that is submitted now."""
@@ -225,8 +233,8 @@ class SequenceClock:
         self._metrics.generation_tokens.inc(num_sampled_tokens)
 
 
-class TokenHistogram:
-    """A histogram that can be afforded for every token: the package's takes two locks an observation.
+class LoopHistogram:
+    """A histogram that can be afforded for every token and step: the package's takes two locks an observation.
 
     Observed on the event loop only.
     """

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 REFUSED_STATUSES: Final = frozenset({429, 503})  # before anything ran: for the tenant's limits, or the server's
+DIRECT_SEND: Final = "sostenuto.direct_send"  # in the scope: past the layers in between, once an answer has begun
 OPENAI_VERSION: Final = "2020-10-01"  # the version of OpenAI's API that clients expect: there has been no other
 MAX_HEAD_BYTES: Final = 32 << 10
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -45,6 +46,7 @@ class RequestScope:
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, send)
+        scope[DIRECT_SEND] = exchange.send
         self._metrics.in_flight.inc()
         try:
             await self._answer(exchange, scope, receive)

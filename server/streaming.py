@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -21,10 +22,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.eager import begin
 from server.errors import Answer, answer, is_our_fault
 from server.frames import KEEP_ALIVE
 from server.generation import ChoiceEvent, Generation, Outcome
 from server.metrics import HttpMetrics
+from server.middleware import DIRECT_SEND
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,11 @@ async def respond(
 
 
 async def _collect(generation: Generation, writer: ReplyWriter) -> None:
+    def hear(event: ChoiceEvent) -> bool:
+        writer.add(event)
+        return True
+
+    generation.attend(hear)
     while events := await generation.take():
         for event in events:
             writer.add(event)
@@ -179,7 +187,7 @@ class EventStream(Response):
     """A reply as it comes.
 
     Written to the ASGI interface itself: a task group, a lock and a timeout scope for every event cost more than the
-    event.
+    event. And written where the event is told, while the client reads: only when it does not, events wait for a task.
     """
 
     media_type = "text/event-stream"
@@ -191,9 +199,10 @@ class EventStream(Response):
         self._generation = generation
         self._writer = writer
         self._metrics = metrics
-        self._is_over = False  # what comes next is the end
         self._sent_at = time.monotonic()  # when the latest write began
         self._is_sending = True  # the head, to begin with
+        self._writes_at_once = False  # nothing else is being written, or waits to be
+        self._unsent: asyncio.Task[None] | None = None  # the latest of these writes, if it waits for the client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; whatever ends this, the generation ends with it.
@@ -201,8 +210,10 @@ class EventStream(Response):
         Raises `ClientDisconnect` where the client did not get them all.
         """
         self._metrics.streams.inc()
-        writing = asyncio.create_task(self._write(send))
-        watching = asyncio.create_task(self._watch(send))
+        # The layers in between have only to see that there is an answer; each costs a coroutine a message.
+        send_body: Send = scope.get(DIRECT_SEND, send)
+        writing = asyncio.create_task(self._write(send, send_body))
+        watching = asyncio.create_task(self._watch(send_body))
         leaving = asyncio.create_task(_disconnected(receive))
         try:
             ended, _ = await asyncio.wait({writing, watching, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -211,30 +222,42 @@ class EventStream(Response):
             if writing not in ended:
                 raise ClientDisconnect
         finally:
-            await _end(writing, watching, leaving)
+            await _end(writing, watching, leaving, *([self._unsent] if self._unsent else ()))
             self._metrics.streams.dec()
             await self._generation.aclose()
 
-    async def _write(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        data = self._writer.opening()
-        while not self._is_over:
+    async def _write(self, send_head: Send, send: Send) -> None:
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await self._send(send_head, head)
+        self._generation.attend(partial(self._write_now, send))
+        data, is_over = self._writer.opening(), False
+        while not is_over:
             if data:
                 await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
-            data = await self._next()
+            self._writes_at_once = True
+            data, is_over = await self._next()
+            self._writes_at_once = False
+            if self._unsent is not None:
+                await self._unsent
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": False})
 
-    async def _next(self) -> bytes:
-        """Return the frames of everything that has come meanwhile, or of the end."""
+    def _write_now(self, send: Send, event: ChoiceEvent) -> bool:
+        """Write the frames of `event`, unless something earlier is still to be written; say whether."""
+        if not self._writes_at_once:
+            return False
+        if data := self._writer.frames(event):
+            self._unsent = begin(self._send(send, {"type": "http.response.body", "body": data, "more_body": True}))
+            self._writes_at_once = self._unsent is None  # else what comes waits, and then for this
+        return True
+
+    async def _next(self) -> tuple[bytes, bool]:
+        """Return the frames of everything that has come meanwhile, or of the end, and whether it is that."""
         try:
             if events := await self._generation.take():
-                frames = self._writer.frames
-                return frames(events[0]) if len(events) == 1 else b"".join(map(frames, events))
-            self._is_over = True
-            return self._writer.closing()
+                return b"".join(map(self._writer.frames, events)), False
+            return self._writer.closing(), True
         except Exception as error:
-            self._is_over = True
-            return self._writer.failure(told_of(error, self._metrics))
+            return self._writer.failure(told_of(error, self._metrics)), True
 
     async def _send(self, send: Send, message: Message) -> None:
         self._sent_at = time.monotonic()

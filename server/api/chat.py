@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cached_property, partial
 from typing import Annotated
 
+import msgspec
 from fastapi import Depends, Request, Response
 
 from engine.messages import FinishReason
@@ -252,7 +252,7 @@ class Planner:
         def content(outcome: Outcome) -> TurnContent:
             answer = read_answer(outcome.whole.text, prompt.opening, self._body.toolbox)
             if not opening.thinking:
-                answer = dataclasses.replace(answer, reasoning="")
+                answer = msgspec.structs.replace(answer, reasoning="")
             ids, is_complete = AnswerIds(call=call_id), outcome.finished.reason is not FinishReason.LENGTH
             return TurnContent(
                 items=[*self.inputs, *answered(answer, turn.answer_id, ids, is_complete=is_complete)],

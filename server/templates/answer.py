@@ -5,17 +5,16 @@ The tokens of a turn are kept exactly as the model wrote them; this is a view of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
-from server.templates.calls import CallReader, CallText, overlap
+from server.templates.calls import CallReader, overlap
 from server.templates.template import Opening
 from server.templates.tools import Toolbox
 
 END_OF_THOUGHT = "</think>"
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerText:
+class AnswerText(msgspec.Struct, frozen=True, gc=False):
     """A piece of an answer: of the thought, the words, the call, or of several where one ends and another begins."""
 
     reasoning: str = ""
@@ -60,7 +59,10 @@ class AnswerReader:
         self._held += text
         reasoning = self._take_reasoning() if self._thinking else ""
         content = "" if self._thinking else self._take(len(self._held))
-        return _with_call(reasoning, CallText(content) if self._calls is None else self._calls.push(content))
+        if self._calls is None:
+            return AnswerText(reasoning, content)
+        call = self._calls.push(content)
+        return AnswerText(reasoning, call.content, call.name, call.arguments)
 
     def flush(self) -> AnswerText:
         """Return what was held back, now that the text is at its end."""
@@ -100,7 +102,3 @@ class AnswerReader:
 
 def _call_reader(toolbox: Toolbox) -> CallReader:
     return CallReader([tool.name for tool in toolbox.callable_tools], is_open=toolbox.must_call)
-
-
-def _with_call(reasoning: str, text: CallText) -> AnswerText:
-    return AnswerText(reasoning, text.content, text.name, text.arguments)

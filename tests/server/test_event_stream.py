@@ -13,7 +13,7 @@ from server import streaming
 from server.drain import Drain
 from server.errors import Answer, ServerDraining
 from server.frames import KEEP_ALIVE
-from server.generation import ChoiceEvent, Generation, Started
+from server.generation import ChoiceEvent, Delivered, Generation, Started
 from server.metrics import Metrics
 from server.rate_limits import Budget, Limits
 from server.streaming import EventStream, SlowReader
@@ -196,6 +196,91 @@ async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.Monkey
     stream = EventStream(Generation(Drain(), Budget(Limits()), two_events), Writer(), Metrics().http)
     with pytest.raises(SlowReader):
         await stream({"type": "http", "method": "POST"}, Client().receive, never)
+
+
+class Counter(Writer):
+    """Says the text and how many tokens it is."""
+
+    def frames(self, event: ChoiceEvent) -> bytes:
+        """Say both."""
+        assert isinstance(event, Delivered)
+        return b"%b%d\n\n" % (event.text.encode(), len(event.token_ids))
+
+
+class MoodyClient(Client):
+    """Takes nothing while it does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = asyncio.Event()
+        self.reads.set()
+
+    async def send(self, message: Message) -> None:
+        """Take what the server sends, when it reads again."""
+        await self.reads.wait()
+        await super().send(message)
+
+
+async def settled() -> None:
+    """Return when every task has come to wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_what_comes_while_a_client_does_not_read_is_told_as_one() -> None:
+    """After the write that waits for the client; all others go out where they are told."""
+    client, may_end = MoodyClient(), asyncio.Event()
+
+    async def work(_: Generation) -> None:
+        await may_end.wait()
+
+    def say(text: str) -> None:
+        for character in text:
+            generation.emit(Delivered(0, character, [0], None))
+
+    generation = Generation(Drain(), Budget(Limits()), work)
+    reading = asyncio.create_task(client.read(EventStream(generation, Counter(), Metrics().http)))
+    await settled()
+    say("a")
+    assert client.bodies == [b"opening\n\n", b"a1\n\n"]
+    client.reads.clear()
+    say("bcd")
+    await settled()
+    say("ef")
+    assert client.bodies[2:] == []
+    client.reads.set()
+    say("g")
+    await settled()
+    assert client.bodies[2:] == [b"b1\n\n", b"cd2\n\n", b"efg3\n\n"]
+    say("h")
+    assert client.bodies[-1] == b"h1\n\n"
+    may_end.set()
+    await reading
+    assert client.bodies[-1] == b"closing\n\n"
+
+
+async def test_a_write_that_fails_ends_the_stream() -> None:
+    """Also one that was begun where its event was told."""
+    client = MoodyClient()
+
+    async def work(_: Generation) -> None:
+        await asyncio.Event().wait()
+
+    async def send(message: Message) -> None:
+        await client.send(message)
+        if message.get("body") == b"a1\n\n":
+            raise OSError("broken")
+
+    generation = Generation(Drain(), Budget(Limits()), work)
+    stream = EventStream(generation, Counter(), Metrics().http)
+    reading = asyncio.create_task(stream({"type": "http", "method": "POST"}, client.receive, send))
+    await settled()
+    client.reads.clear()
+    generation.emit(Delivered(0, "a", [0], None))
+    generation.emit(Delivered(0, "b", [0], None))
+    client.reads.set()
+    with pytest.raises(OSError, match="broken"):
+        await reading
 
 
 async def test_a_client_that_does_not_even_take_a_ping_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
