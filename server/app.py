@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from server.api import chat, completions, conversations, health, models, responses, stored_chats, tokenize, transfers
 from server.api.operations import describe
 from server.errors import Answer, answer, answer_status
-from server.middleware import RequestScope, SizeLimits
+from server.middleware import DirectSend, RequestScope, SizeLimits
 from server.parsing import problem_of
 from server.security import Authentication
 from server.services import Services
@@ -24,7 +25,7 @@ FAMILIES = (completions, chat, stored_chats, responses, transfers, conversations
 ROUTERS = tuple(family.router for family in FAMILIES)
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: Services) -> ASGIApp:
     """Return the ASGI application that serves `services`.
 
     A request passes, from the outside in: its scope (id, counting, errors), the key, the size limits, the route.
@@ -48,10 +49,10 @@ def create_app(services: Services) -> FastAPI:
     settings = services.settings
     limits = {transfers.IMPORT_PATH: settings.max_import_bytes}
     app.add_middleware(SizeLimits, max_body_bytes=settings.max_body_bytes, exceptions=limits)
-    # The last added is the outermost.
+    # The last added is the outermost, but for a layer of the framework.
     app.add_middleware(Authentication, tenants=services.tenants)
     app.add_middleware(RequestScope, metrics=services.metrics.http, drain=services.drain)
-    return app
+    return DirectSend(app)
 
 
 def _document_of(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:

@@ -23,10 +23,22 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID: Final = re.compile(r"[\w-]{1,64}", re.ASCII)
 REFUSED_STATUSES: Final = frozenset({429, 503})  # before anything ran: for the tenant's limits, or the server's
-DIRECT_SEND: Final = "sostenuto.direct_send"  # in the scope: past the layers in between, once an answer has begun
+DIRECT_SEND: Final = "sostenuto.direct_send"  # in the scope: see `DirectSend`
 OPENAI_VERSION: Final = "2020-10-01"  # the version of OpenAI's API that clients expect: there has been no other
 MAX_HEAD_BYTES: Final = 32 << 10
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class DirectSend:
+    """Around everything: bodies may go past the layers in between, which look at heads only and cost time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on the server's own `send` with the request."""
+        scope[DIRECT_SEND] = send
+        await self._app(scope, receive, send)
 
 
 class RequestScope:
@@ -46,7 +58,6 @@ class RequestScope:
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, send)
-        scope[DIRECT_SEND] = exchange.send
         self._metrics.in_flight.inc()
         try:
             await self._answer(exchange, scope, receive)
@@ -133,7 +144,7 @@ class Exchange:
         return method if method in METHODS else "other"
 
     def send(self, message: Message) -> Awaitable[None]:
-        """Pass `message` on; a head gets what every reply has. No coroutine of its own: bodies come by the token."""
+        """Pass `message` on; a head gets what every reply has."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)

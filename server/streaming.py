@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -183,6 +182,10 @@ class RecordedStream(EventSourceResponse):
             self._metrics.streams.dec()
 
 
+def _body(data: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
 class EventStream(Response):
     """A reply as it comes.
 
@@ -210,10 +213,9 @@ class EventStream(Response):
         Raises `ClientDisconnect` where the client did not get them all.
         """
         self._metrics.streams.inc()
-        # The layers in between have only to see that there is an answer; each costs a coroutine a message.
-        send_body: Send = scope.get(DIRECT_SEND, send)
-        writing = asyncio.create_task(self._write(send, send_body))
-        watching = asyncio.create_task(self._watch(send_body))
+        self._send_body: Send = scope.get(DIRECT_SEND, send)  # each layer on the way costs a coroutine a message
+        writing = asyncio.create_task(self._write(send))
+        watching = asyncio.create_task(self._watch())
         leaving = asyncio.create_task(_disconnected(receive))
         try:
             ended, _ = await asyncio.wait({writing, watching, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -226,27 +228,28 @@ class EventStream(Response):
             self._metrics.streams.dec()
             await self._generation.aclose()
 
-    async def _write(self, send_head: Send, send: Send) -> None:
+    async def _write(self, send_head: Send) -> None:
         head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        await self._send(send_head, head)
-        self._generation.attend(partial(self._write_now, send))
+        await self._send(send_head(head))
+        self._generation.attend(self._write_now)
         data, is_over = self._writer.opening(), False
         while not is_over:
             if data:
-                await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+                await self._send(self._send_body(_body(data)))
             self._writes_at_once = True
             data, is_over = await self._next()
             self._writes_at_once = False
             if self._unsent is not None:
                 await self._unsent
-        await self._send(send, {"type": "http.response.body", "body": data, "more_body": False})
+        await self._send(self._send_body(_body(data, more=False)))
 
-    def _write_now(self, send: Send, event: ChoiceEvent) -> bool:
+    def _write_now(self, event: ChoiceEvent) -> bool:
         """Write the frames of `event`, unless something earlier is still to be written; say whether."""
         if not self._writes_at_once:
             return False
         if data := self._writer.frames(event):
-            self._unsent = begin(self._send(send, {"type": "http.response.body", "body": data, "more_body": True}))
+            self._sent_at = time.monotonic()
+            self._unsent = begin(self._send_body(_body(data)))
             self._writes_at_once = self._unsent is None  # else what comes waits, and then for this
         return True
 
@@ -259,32 +262,36 @@ class EventStream(Response):
         except Exception as error:
             return self._writer.failure(told_of(error, self._metrics)), True
 
-    async def _send(self, send: Send, message: Message) -> None:
+    async def _send(self, sending: Awaitable[None]) -> None:
         self._sent_at = time.monotonic()
         self._is_sending = True
-        await send(message)
+        await sending
         self._is_sending = False
 
-    async def _watch(self, send: Send) -> None:
+    @property
+    def _waits_for_client(self) -> bool:
+        return self._is_sending or (self._unsent is not None and not self._unsent.done())
+
+    async def _watch(self) -> None:
         """Say that a quiet stream lives; raises `SlowReader` when a write takes too long.
 
         One sleeper a stream instead of a timer a write; it wakes in time, because pings are due sooner than writes.
         """
         while True:
-            patience = SEND_SECONDS if self._is_sending else PING_SECONDS
+            patience = SEND_SECONDS if self._waits_for_client else PING_SECONDS
             remaining = self._sent_at + patience - time.monotonic()
             if remaining > 0:
                 await asyncio.sleep(remaining)
-            elif self._is_sending:
+            elif self._waits_for_client:
                 raise SlowReader
             else:
-                await self._ping(send)
+                await self._ping()
 
-    async def _ping(self, send: Send) -> None:
+    async def _ping(self) -> None:
         try:
             async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                await self._send_body(_body(KEEP_ALIVE))
         except TimeoutError:
             raise SlowReader from None
-        if not self._is_sending:
+        if not self._waits_for_client:
             self._sent_at = time.monotonic()

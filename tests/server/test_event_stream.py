@@ -259,6 +259,25 @@ async def test_what_comes_while_a_client_does_not_read_is_told_as_one() -> None:
     assert client.bodies[-1] == b"closing\n\n"
 
 
+async def test_a_client_that_stops_reading_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing more comes that would have to wait for it."""
+    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.01)
+    monkeypatch.setattr(streaming, "PING_SECONDS", 0.002)
+    client = MoodyClient()
+
+    async def work(_: Generation) -> None:
+        await asyncio.Event().wait()
+
+    generation = Generation(Drain(), Budget(Limits()), work)
+    reading = asyncio.create_task(client.read(EventStream(generation, Counter(), Metrics().http)))
+    await settled()
+    client.reads.clear()
+    generation.emit(Delivered(0, "a", [0], None))
+    with pytest.raises(SlowReader):
+        await reading
+    assert b"a1\n\n" not in client.bodies
+
+
 async def test_a_write_that_fails_ends_the_stream() -> None:
     """Also one that was begun where its event was told."""
     client = MoodyClient()
