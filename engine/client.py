@@ -71,6 +71,7 @@ Result = TypeVar("Result")
 
 MIN_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
+READABLE = int(zmq.POLLIN)  # sums of the package's flags are made slowly
 MAX_REPORTS_AT_ONCE = 32  # then everything else on the loop has its turn
 
 _FAILURES: dict[str, type[EngineError]] = {
@@ -268,7 +269,7 @@ class AsyncEngine:
         has come must be looked for.
         """
         reports: list[StepReport] = []
-        while self._socket is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while self._socket is not None and int(self._socket.getsockopt(zmq.EVENTS)) & READABLE:
             if len(reports) == MAX_REPORTS_AT_ONCE:
                 asyncio.get_running_loop().call_soon(self._take_in)
                 break
@@ -366,15 +367,14 @@ class _Sequence:
             return
         if self.ended.done():
             return
-        is_last = isinstance(event, SequenceOutput) and event.finish_reason is not None
-        self.is_running = not is_last
         try:
             self._hear(event)
         except Exception as error:
             self.ended.set_exception(error)
-        else:
-            if is_last:
-                self.ended.set_result(None)
+            return
+        if isinstance(event, SequenceOutput) and event.finish_reason is not None:
+            self.is_running = False
+            self.ended.set_result(None)
 
     def end(self, error: EngineError) -> None:
         """End it with `error`: it runs no more."""

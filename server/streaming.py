@@ -224,6 +224,7 @@ class EventStream(Response):
             if writing not in ended:
                 raise ClientDisconnect
         finally:
+            self._writes_at_once = False
             await _end(writing, watching, leaving, *([self._unsent] if self._unsent else ()))
             self._metrics.streams.dec()
             await self._generation.aclose()

@@ -56,6 +56,8 @@ class AnswerReader:
 
     def push(self, text: str) -> AnswerText:
         """Return what `text` adds."""
+        if not (self._thinking or self._completion or self._skips_space or self._held or self._calls):
+            return AnswerText(content=text)  # nearly always
         self._held += text
         reasoning = self._take_reasoning() if self._thinking else ""
         content = "" if self._thinking else self._take(len(self._held))

@@ -42,7 +42,7 @@ def main() -> None:
         started_at = time.perf_counter()
         results = asyncio.run(EngineBench(model, Path(directory), options.threads, settings).run())
         results |= asyncio.run(RatioBench(model, Path(directory), options.threads, settings).run())
-        results["sse_chunks_per_second"] = SseBench(SseSettings(rounds=settings.rounds)).run()
+        results |= SseBench(SseSettings(rounds=settings.rounds)).run()
         results |= TurnBench(Path(directory), max(5, settings.rounds)).run()
         results["peers"] = compare(model, PeerSettings(rounds=settings.rounds, num_threads=options.threads))
         results["bench_seconds"] = round(time.perf_counter() - started_at, 1)

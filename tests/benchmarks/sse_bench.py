@@ -3,6 +3,9 @@
 This process plays both ends: the engine, which makes a token for every stream as soon as the last ones have arrived,
 and the clients, which only count. So the server is never waited for by anything it could hide behind, and what is
 measured is its own CPU time, all its threads included. Tokens are such that each makes a chunk.
+
+A second section asks whether the server keeps up: many streams, and an engine that makes its steps at a fixed rate or
+all at once, and waits for nobody. A server that lags must put more tokens into a chunk.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import operator
 import os
 import random
 import selectors
@@ -23,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 
@@ -45,6 +50,7 @@ from tests.redis_server import free_port
 VOCAB_SIZE = 65_536
 START_SECONDS = 30.0
 POLL_SECONDS = 0.0003
+END_OF_EVENT = b"\n\n"
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 READY = EngineReady(
     fingerprint="0" * 64, generation="7", vocab_size=VOCAB_SIZE, num_layers=12, width=768, num_parameters=191_034_624,
@@ -65,6 +71,9 @@ class Settings:
     num_tokens: int = 600  # a stream and round
     rounds: int = 5
     tokens_at_once: int = 1  # that reach a stream before it is looked at again
+    pressed_streams: int = 384
+    steps_per_second: float = 160.0  # 61,440 tokens a second
+    pressed_steps: int = 800
 
 
 class PlayedEngineEnd:
@@ -99,6 +108,10 @@ class PlayedEngineEnd:
 
     def step(self, ids: list[str], *, is_last: bool = False) -> None:
         """Say one token for every sequence."""
+        self.send(self.report(ids, is_last=is_last))
+
+    def report(self, ids: list[str], *, is_last: bool = False) -> bytes:
+        """Return a step's message with one token for every sequence."""
         self._num_steps += 1
         reason = FinishReason.LENGTH if is_last else None
         outputs = [
@@ -112,10 +125,14 @@ class PlayedEngineEnd:
             num_steps=self._num_steps, num_running=len(ids), num_waiting=0, num_slots_used=len(ids), num_slots=1024,
             num_hot_states=0, hot_state_bytes=0, pending_checkpoints=0, counters=dict.fromkeys(COUNTERS, 0.0),
         )  # fmt: skip
-        self._send(StepReport(events=[*outputs], step=step, stats=stats))
+        return messages.encode(StepReport(events=[*outputs], step=step, stats=stats))
+
+    def send(self, data: bytes) -> None:
+        """Send a message."""
+        self._socket.send_multipart([self._client, data])
 
     def _send(self, event: messages.Event) -> None:
-        self._socket.send_multipart([self._client, messages.encode(event)])
+        self.send(messages.encode(event))
 
     def close(self) -> None:
         """Go away."""
@@ -136,6 +153,7 @@ class Clients:
         self.num_chunks = 0
         self.num_done = 0
         self._selector = selectors.DefaultSelector()
+        self._begun: dict[int, bytes] = {}  # of an event that has not come to its end, by descriptor
         asked = {**PATHS.get(path, {}), "max_tokens": max_tokens, "ignore_eos": True, "stream": True, **fields}
         body = json.dumps(asked).encode()
         target = f"{path}?{max_tokens}" if path == BARE else path
@@ -154,15 +172,21 @@ class Clients:
         """
         while self.num_chunks < num_chunks or self.num_done < num_done:
             time.sleep(POLL_SECONDS)
-            for key, _ in self._selector.select(0):
-                assert isinstance(key.fileobj, socket.socket)
-                data = key.fileobj.recv(1 << 18)
-                if not data:  # at its end, and idle for longer than the server keeps it
-                    self._selector.unregister(key.fileobj)
-                    key.fileobj.close()
-                    assert self._selector.get_map(), "the server closed all streams"
-                self.num_chunks += data.count(b'"text":"') + data.count(b'"content":"') - data.count(b'"role":')
-                self.num_done += data.count(b"data: [DONE]")
+            self.read()
+
+    def read(self) -> None:
+        """Count what has come."""
+        for key, _ in self._selector.select(0):
+            assert isinstance(key.fileobj, socket.socket)
+            data = key.fileobj.recv(1 << 18)
+            if not data:  # at its end, and idle for longer than the server keeps it
+                self._selector.unregister(key.fileobj)
+                key.fileobj.close()
+                assert self._selector.get_map(), "the server closed all streams"
+            whole, end, self._begun[key.fd] = (self._begun.get(key.fd, b"") + data).rpartition(END_OF_EVENT)
+            events = whole + end
+            self.num_chunks += events.count(b'"text":"') + events.count(b'"content":"') - events.count(b'"role":')
+            self.num_done += events.count(b"data: [DONE]")
 
     def close(self) -> None:
         """Leave."""
@@ -179,8 +203,9 @@ class SseBench:
         self.settings = settings
 
     def run(self) -> dict[str, object]:
-        """Return chunks per second of server CPU time, by endpoint, median of interleaved rounds."""
+        """Return chunks per second of CPU time, by endpoint, as medians of interleaved rounds; and under pressure."""
         rates: dict[str, list[float]] = {path: [] for path in (BARE, *PATHS)}
+        pressed: dict[str, list[Pressed]] = {"paced": [], "at_once": []}
         with tempfile.TemporaryDirectory(prefix="sostenuto-sse-") as name, zmq.Context[zmq.Socket[bytes]]() as context:
             engine = PlayedEngineEnd(context, endpoint := f"ipc://{name}/engine")
             with running_server(endpoint, Path(name)) as (pid, port):
@@ -189,8 +214,17 @@ class SseBench:
                 for number, path in itertools.product(range(self.settings.rounds + 1), rates):
                     rate = self.bare(pid, port) if path == BARE else self.round(engine, pid, port, path)
                     rates[path] += [rate] if number else []  # the first is not counted
+                for name, outcomes in itertools.islice(itertools.cycle(pressed.items()), 2 * self.settings.rounds):
+                    seconds_per_step = 1 / self.settings.steps_per_second if name == "paced" else 0.0
+                    outcomes.append(self.press(engine, pid, port, seconds_per_step))
             engine.close()
-        return {path: round(statistics.median(values)) for path, values in rates.items()}
+        return {
+            "sse_chunks_per_second": {path: round(statistics.median(values)) for path, values in rates.items()},
+            "sse_over_bare": {
+                path: round(statistics.median(map(operator.truediv, rates[path], rates[BARE])), 3) for path in PATHS
+            },
+            "sse_under_pressure": {name: _median(outcomes) for name, outcomes in pressed.items() if outcomes},
+        }
 
     def bare(self, pid: int, port: int) -> float:
         """Let the bare streams run to their end; returns chunks per CPU second."""
@@ -220,6 +254,52 @@ class SseBench:
         finally:
             clients.close()
         return rate
+
+    def press(self, engine: PlayedEngineEnd, pid: int, port: int, seconds_per_step: float) -> Pressed:
+        """Let the engine make its steps whether the server keeps up or not."""
+        count, num_steps = self.settings.pressed_streams, self.settings.pressed_steps
+        clients = Clients(port, count, "/v1/completions", num_steps + 1)
+        try:
+            ids = engine.admit(count)
+            reports = [engine.report(ids) for _ in range(16)]  # made beforehand, and said again and again
+            last = engine.report(ids, is_last=True)
+            began, due = cpu_seconds(pid), time.monotonic()
+            started_at = due
+            for number in range(num_steps):
+                engine.send(reports[number % len(reports)])
+                due += seconds_per_step
+                while time.monotonic() < due:
+                    clients.read()
+                    time.sleep(POLL_SECONDS)
+            engine.send(last)
+            told_at = time.monotonic()
+            clients.count_until(0, count)
+            ended_at = time.monotonic()
+            num_tokens = count * (num_steps + 1)
+            return Pressed(
+                tokens_per_second=num_tokens / (ended_at - started_at),
+                cpu_us_per_token=1e6 * (cpu_seconds(pid) - began) / num_tokens,
+                tokens_per_chunk=num_tokens / clients.num_chunks,
+                behind_seconds=ended_at - told_at,
+            )
+        finally:
+            clients.close()
+
+
+class Pressed(NamedTuple):
+    """How a server did whose engine waits for nobody."""
+
+    tokens_per_second: float
+    cpu_us_per_token: float
+    tokens_per_chunk: float
+    behind_seconds: float  # from the engine's last word to the last client's
+
+
+def _median(outcomes: list[Pressed]) -> dict[str, float]:
+    return {
+        name: round(statistics.median(values), 3)
+        for name, values in zip(Pressed._fields, zip(*outcomes, strict=True), strict=True)
+    }
 
 
 @contextmanager
@@ -265,7 +345,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Settings().rounds)
     options = parser.parse_args()
     settings = Settings(options.streams, options.tokens, options.rounds)
-    print(json.dumps({"sse_chunks_per_second": SseBench(settings).run()}))
+    print(json.dumps(SseBench(settings).run()))
 
 
 if __name__ == "__main__":
