@@ -151,9 +151,9 @@ class Clients:
 
     def __init__(self, port: int, count: int, path: str, max_tokens: int, **fields: float) -> None:
         self.num_chunks = 0
-        self.num_done = 0
         self._selector = selectors.DefaultSelector()
         self._begun: dict[int, bytes] = {}  # of an event that has not come to its end, by descriptor
+        self._done: set[int] = set()  # descriptors of streams at their end
         asked = {**PATHS.get(path, {}), "max_tokens": max_tokens, "ignore_eos": True, "stream": True, **fields}
         body = json.dumps(asked).encode()
         target = f"{path}?{max_tokens}" if path == BARE else path
@@ -179,14 +179,20 @@ class Clients:
         for key, _ in self._selector.select(0):
             assert isinstance(key.fileobj, socket.socket)
             data = key.fileobj.recv(1 << 18)
-            if not data:  # at its end, and idle for longer than the server keeps it
+            if not data:  # idle for longer than the server keeps a connection
+                assert key.fd in self._done, "the server closed a stream before its end"
                 self._selector.unregister(key.fileobj)
                 key.fileobj.close()
-                assert self._selector.get_map(), "the server closed all streams"
             whole, end, self._begun[key.fd] = (self._begun.get(key.fd, b"") + data).rpartition(END_OF_EVENT)
             events = whole + end
             self.num_chunks += events.count(b'"text":"') + events.count(b'"content":"') - events.count(b'"role":')
-            self.num_done += events.count(b"data: [DONE]")
+            if b"data: [DONE]" in events:
+                self._done.add(key.fd)
+
+    @property
+    def num_done(self) -> int:
+        """How many streams are at their end."""
+        return len(self._done)
 
     def close(self) -> None:
         """Leave."""
