@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.messages import FinishReason, SamplingParams, StopRules
+from engine.messages import FinishReason, SamplingParams, StopRules, TokenLogprobs
 from server.drain import Drain
 from server.errors import BadRequest, ServerDraining
 from server.generation import (
@@ -59,6 +59,48 @@ async def test_events_are_read_in_order() -> None:
     work.may_end.set()
     assert await read(generation) == [Started(0), Started(1)]
     await generation.aclose()
+
+
+async def test_what_a_late_reader_takes_of_a_choice_is_one_event() -> None:
+    """Text, tokens and log-probabilities in order, each choice's own, before what came after them."""
+
+    def piece(index: int, token_id: int) -> Delivered:
+        return Delivered(index, chr(token_id), [token_id], [TokenLogprobs(-float(token_id))])
+
+    async def work(generation: Generation) -> None:
+        generation.emit(Started(0))
+        for token_id in b"abc":
+            generation.emit(piece(0, token_id))
+            generation.emit(piece(1, token_id + 3))
+        generation.emit(Started(1))
+
+    generation = Generation(Drain(), Budget(Limits()), work)
+    await generation.admitted(timeout_seconds=60)
+    said = [
+        Delivered(index, text.decode(), [*text], [TokenLogprobs(-float(token_id)) for token_id in text])
+        for index, text in enumerate((b"abc", b"def"))
+    ]
+    assert await generation.take() == [Started(0), *said, Started(1)]
+    assert await generation.take() == []
+
+
+async def test_who_is_called_need_not_take() -> None:
+    """Events are heard in order where they are emitted; one that is declined waits, and so do those after it."""
+    heard: list[ChoiceEvent] = []
+
+    def hear(event: ChoiceEvent) -> bool:
+        heard.append(event)
+        return event != Started(1)
+
+    work = Work(before_wait=lambda generation: generation.attend(hear))
+    generation = Generation(Drain(), Budget(Limits()), work)
+    await generation.admitted(timeout_seconds=60)
+    assert await generation.take() == [Started(0)]
+    generation.emit(Started(2))
+    assert heard == [Started(2)]
+    work.may_end.set()
+    assert await read(generation) == [Started(1)]
+    assert heard == [Started(2), Started(1)]
 
 
 async def test_closing_ends_the_work() -> None:
