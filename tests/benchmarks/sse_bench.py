@@ -165,13 +165,13 @@ class Clients:
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ)
 
-    def count_until(self, num_chunks: int, num_done: int = 0) -> None:
+    def count_until(self, num_chunks: int, num_done: int = 0, poll_seconds: float = POLL_SECONDS) -> None:
         """Read until so many chunks with text have come, and so many streams are at their end.
 
         Looks at the sockets now and then instead of waiting for them: waking a reader is work of the writer's.
         """
         while self.num_chunks < num_chunks or self.num_done < num_done:
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll_seconds)
             self.read()
 
     def read(self) -> None:
