@@ -12,7 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
-from kernels.triton import linear, sampling, shift_mix, wkv7
+from kernels.triton import linear, projections, residual, sampling, shift_mix, wkv7
 
 C, F, H, N, V = 2048, 8192, 32, 64, 65536
 
@@ -35,19 +35,27 @@ class Variant:
     constants: Mapping[str, object]
     budget: Budget
     options: Mapping[str, object] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ("T", "eps", "num_rows")  # arguments that need not be multiples of 16
+    unaligned: tuple[str, ...] = ("T", "H", "eps", "num_rows")  # arguments that need not be multiples of 16
 
 
-_FLOATS = dict.fromkeys(["x", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"], "*fp32")
-_HALVES = dict.fromkeys(["r", "k", "v", "a", "gate", "v_first", "value_mix", "out"], "*bf16")
-_INDICES = dict.fromkeys(["slots", "starts", "positions"], "*i64")
-_SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "T": "i32", "num_rows": "i32", "eps": "fp32"}
-_TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS}
+_FLOATS = dict.fromkeys(
+    ["x", "sums", "x_out", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"]
+    + ["carry", "added", "reads", "found", "hidden", "decay_bias", "rate_bias", "mix_bias"],
+    "*fp32",
+)
+_HALVES = dict.fromkeys(
+    ["r", "k", "v", "a", "gate", "v_first", "value_mix", "out", "mixes", "weight", "rkv", "others", "embedding"], "*bf16"
+)
+_INDICES = dict.fromkeys(["slots", "starts", "rows", "token_ids"], "*i64")
+_SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "H": "i32", "T": "i32", "num_rows": "i32"}
+_TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS, "eps": "fp32"}
+_RANKS = {"DECAY": 128, "RATE": 128, "GATE": 256}  # padded
+JOINT = 3 * C + 640
 
-_WKV = {"N": N, "HAS_VALUE_MIX": True}
-_WKV_OPTIONS = {"num_warps": wkv7.NUM_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
-_PREFILL = {**_WKV, "L": wkv7.CHUNK_LEN, "PRECISION": wkv7.PRECISION}
-_PARTS = {"C": C, "WIDTH": C, "BLOCK": shift_mix.BLOCK}
+_STEP = {"N": N, "HAS_VALUE_MIX": True, "IS_MIXED": False}
+_STEP_OPTIONS = {"num_warps": wkv7.STEP_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
+_CHUNK = {"ROWS": 16, "N": N, "L": wkv7.CHUNK_LEN}
+_PARTS = {"SPLIT": 4, "C": C, "WIDTH": C, "BLOCK": shift_mix.BLOCK}
 _PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS}
 
 
@@ -72,31 +80,96 @@ def _linear(
             "HAS_SCALE": is_int8,
             "HAS_BIAS": activation != "none",
             "ACTIVATION": activation,
-            "BLOCK_O": tile.block_o,
-            "BLOCK_T": tile.block_t,
             "BLOCK_K": plan.block_k,
+            **_shape(tile, num_rows),
         },
         Budget(registers, wide, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
+def _shape(tile: linear.Tile, num_rows: int) -> dict[str, int | bool]:
+    return {name: value for name, value in tile.options(num_rows).items() if name.isupper()}
+
+
+def _project(num_rows: int, registers: int, cores: str) -> Variant:
+    tile = linear.tile(num_rows, 2)
+    return Variant(
+        projections.project_kernel,
+        _TYPES,
+        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, "BLOCK_K": 128, **_shape(tile, num_rows)},
+        Budget(registers, 4, cores),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+
+
+def _raise(block_t: int, registers: int, cores: str) -> Variant:
+    constants = {"C": C, **_RANKS, "VALUE": 128, "DTYPE": tl.bfloat16, "BLOCK_K": 64}
+    return Variant(
+        projections.raise_kernel,
+        _TYPES,
+        {**constants, "BLOCK_O": projections.BLOCK_UP, "BLOCK_T": block_t},
+        Budget(registers, 4, cores),
+        {"num_warps": 4, "num_stages": 1},
+    )
+
+
+_BLOCK = {"BLOCK": sampling.BLOCK}
+_BLOCKS = {**_BLOCK, "NUM_BLOCKS": V // sampling.BLOCK}
+
 VARIANTS: Mapping[str, Variant] = {
-    "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _WKV, Budget(80, 8), _WKV_OPTIONS),
+    "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _STEP, Budget(128, 8), _STEP_OPTIONS),
     "wkv7 step, float16 state": Variant(
-        wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _WKV, Budget(80, 4), _WKV_OPTIONS
+        wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _STEP, Budget(128, 4), _STEP_OPTIONS
     ),
-    "wkv7 prefill": Variant(wkv7.prefill_kernel, _TYPES, _PREFILL, Budget(255, 8), _WKV_OPTIONS),
+    "wkv7 prepare": Variant(
+        wkv7.prepare_kernel,
+        _TYPES,
+        {**_CHUNK, "HAS_VALUE_MIX": True, "PRECISION": wkv7.PRECISION},
+        Budget(255, 8),
+        {"num_warps": wkv7.PREPARE_WARPS},
+    ),
+    "wkv7 scan": Variant(
+        wkv7.scan_kernel,
+        _TYPES,
+        {**_CHUNK, "BLOCK": wkv7.SCAN_ROWS, "PRECISION": wkv7.PRECISION, "STAGES": wkv7.SCAN_STAGES},
+        Budget(255, 8),
+        {"num_warps": wkv7.SCAN_WARPS},
+    ),
+    "wkv7 finish": Variant(
+        wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
+    ),
     "shift_mix step, six mixes": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 6}, Budget(40, 30), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 6}, Budget(64, 30), _PARTS_OPTIONS
     ),
     "shift_mix step, one mix": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 1}, Budget(40, 15), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 1}, Budget(64, 15), _PARTS_OPTIONS
     ),
     "shift_mix prefill": Variant(
-        shift_mix.prefill_kernel, _TYPES, {**_PARTS, "M": 6, "ROWS": 1024}, Budget(64, 40), _PARTS_OPTIONS
+        shift_mix.prefill_kernel,
+        _TYPES,
+        {**_PARTS, "SPLIT": 1, "M": 6, "ROWS": 1024},
+        Budget(80, 40),
+        _PARTS_OPTIONS,
     ),
-    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(40, 10), _PARTS_OPTIONS),
+    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(64, 10), _PARTS_OPTIONS),
+    "embed": Variant(
+        residual.embed_kernel, {**_TYPES, "out": "*fp32"}, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS
+    ),
+    "gather": Variant(
+        residual.gather_kernel,
+        {**_TYPES, "out": "*fp32"},
+        {"C": C, "SPLIT": 4, "BLOCK": residual.GATHER_BLOCK},
+        Budget(48, 4),
+        _PARTS_OPTIONS,
+    ),
+    "norm": Variant(residual.norm_kernel, _TYPES, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS),
+    "project, 1 row": _project(1, 96, "m64n16k16"),
+    "project, 32 rows": _project(32, 96, "m64n32k16"),
+    "project, 256 rows": _project(256, 168, "m64n128k16"),
+    "project, 2048 rows": _project(2048, 224, "m64n128k16"),
+    "raise, 16 rows": _raise(16, 96, "m64n16k16"),
+    "raise, 64 rows": _raise(64, 168, "m64n64k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
     "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
@@ -119,12 +192,24 @@ VARIANTS: Mapping[str, Variant] = {
         Budget(32, 4),
         {"num_warps": linear.ADD_WARPS},
     ),
-    "sample": Variant(
-        sampling.sample_kernel,
-        {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
-        | {"uniform": "*fp64", "out": "*i64", "stride": "i64"},
-        {"V": V, "BLOCK": sampling.BLOCK, "NUM_BLOCKS": V // sampling.BLOCK},
-        Budget(56, 5),
-        {"num_warps": sampling.NUM_WARPS},
-    ),
+    **{
+        f"sample, {name}": Variant(
+            kernel,
+            {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
+            | {"uniform": "*fp64", "out": "*i64", "stride": "i64", "greatest": "*fp32", "ids": "*i32"}
+            | {"is_broken": "*i32", "counts": "*i32", "masses": "*fp32", "candidates": "*i32", "cutoffs": "*i32"}
+            | {"sums": "*fp64", "num_blocks": "i32"},
+            {"V": V, **constants},
+            Budget(registers, wide),
+            {"num_warps": warps},
+        )
+        for name, kernel, constants, registers, wide, warps in [
+            ("survey", sampling.survey_kernel, _BLOCK, 40, 2, sampling.NUM_WARPS),
+            ("weigh", sampling.weigh_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
+            ("collect", sampling.collect_kernel, _BLOCKS, 80, 2, sampling.NUM_WARPS),
+            ("cut", sampling.cut_kernel, {"NUM_BLOCKS": 32, "CANDIDATES": sampling.CANDIDATES}, 128, 0, sampling.CUT_WARPS),
+            ("add", sampling.add_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
+            ("pick", sampling.pick_kernel, _BLOCKS, 96, 2, sampling.NUM_WARPS),
+        ]
+    },
 }

@@ -78,7 +78,7 @@ def wkv7(
     slots: torch.Tensor,
     starts: torch.Tensor,
 ) -> torch.Tensor:
-    """See `kernels.wkv7`; a slot of -1 is a padding row. Chunks are anchored to the first token of the call."""
+    """See `kernels.wkv7`; a slot of -1 is a padding row."""
     per_token = (r, k, v, decay, a, gate, v_first, value_mix)
     run = recurrence.wkv7 if recurrence.can_run(state, r_k.shape[1]) else eager.wkv7
     return run(*per_token, k_k, k_a, r_k, ln_weight, ln_bias, eps, state, slots, starts)

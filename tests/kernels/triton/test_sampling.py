@@ -28,8 +28,9 @@ CASES: list[Case] = [
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks a row, the last one not full."""
+    """Several blocks a row, the last one not full; octaves with more tokens than lie in registers."""
     monkeypatch.setattr(sampling, "BLOCK", 128)
+    monkeypatch.setattr(sampling, "CANDIDATES", 32)
 
 
 def draw(logits: torch.Tensor, cases: list[Case], uniforms: list[float], device: torch.device) -> list[int]:
