@@ -40,7 +40,7 @@ class Variant:
 
 _FLOATS = dict.fromkeys(
     ["x", "sums", "x_out", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"]
-    + ["carry", "added", "reads", "found", "hidden", "decay_bias", "rate_bias", "mix_bias"],
+    + ["by_state", "by_values", "carry", "added", "reads", "found", "hidden", "decay_bias", "rate_bias", "mix_bias"],
     "*fp32",
 )
 _HALVES = dict.fromkeys(
@@ -55,7 +55,8 @@ JOINT = 3 * C + 640
 _STEP = {"N": N, "HAS_VALUE_MIX": True, "IS_MIXED": False}
 _STEP_OPTIONS = {"num_warps": wkv7.STEP_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
 _CHUNK = {"ROWS": 16, "N": N, "L": wkv7.CHUNK_LEN}
-_PARTS = {"SPLIT": 4, "C": C, "WIDTH": C, "BLOCK": shift_mix.BLOCK}
+_PARTS = {"SPLIT": 4, "C": C, "WIDTH": C, "BLOCK": 256}
+_SIX, _ONE = {"M": 6, "M_PADDED": 8}, {"M": 1, "M_PADDED": 1}
 _PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS}
 
 
@@ -63,7 +64,8 @@ def _linear(
     outputs: int, inputs: int, dtype: str, num_rows: int, registers: int, wide: int, cores: str | None, activation: str
 ) -> Variant:
     itemsize = {"fp32": 4, "bf16": 2, "i8": 1}[dtype]
-    plan, tile = linear.plan(outputs, inputs, itemsize), linear.tile(num_rows, itemsize)
+    plan = linear.plan(outputs, inputs, itemsize)
+    tile = linear.tile(num_rows, itemsize, plan.split)
     is_int8 = dtype == "i8"
     has_sums = tile.is_side_by_side and plan.split > 1
     return Variant(
@@ -73,23 +75,22 @@ def _linear(
         {
             "OUTPUTS": outputs,
             "K": inputs,
-            "STRIDE": inputs + (linear.INT8_TAIL if is_int8 else 0),
+            "STRIDE": linear.PANEL * (inputs + (plan.tile_k if is_int8 else 0)),
             "SPLIT": plan.split,
             "IS_SIDE_BY_SIDE": tile.is_side_by_side,
             "DTYPE": tl.float32 if dtype == "fp32" else tl.bfloat16,
             "HAS_SCALE": is_int8,
             "HAS_BIAS": activation != "none",
             "ACTIVATION": activation,
-            "BLOCK_K": plan.block_k,
-            **_shape(tile, num_rows),
+            **_shape(tile, inputs // plan.split, plan.tile_k),
         },
         Budget(registers, wide, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
-def _shape(tile: linear.Tile, num_rows: int) -> dict[str, int | bool]:
-    return {name: value for name, value in tile.options(num_rows).items() if name.isupper()}
+def _shape(tile: linear.Tile, span: int, tile_k: int) -> dict[str, int]:
+    return {name: value for name, value in tile.options(span, tile_k).items() if name.isupper()}
 
 
 def _project(num_rows: int, registers: int, cores: str) -> Variant:
@@ -97,24 +98,26 @@ def _project(num_rows: int, registers: int, cores: str) -> Variant:
     return Variant(
         projections.project_kernel,
         _TYPES,
-        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, "BLOCK_K": 128, **_shape(tile, num_rows)},
+        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, **_shape(tile, C, 64)},
         Budget(registers, 4, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
-def _raise(block_t: int, registers: int, cores: str) -> Variant:
-    constants = {"C": C, **_RANKS, "VALUE": 128, "DTYPE": tl.bfloat16, "BLOCK_K": 64}
+def _raise(num_rows: int, registers: int, cores: str) -> Variant:
+    options = projections.raise_options(num_rows, 2)
+    constants = {"C": C, **_RANKS, "VALUE": 128, "DTYPE": tl.bfloat16}
     return Variant(
         projections.raise_kernel,
         _TYPES,
-        {**constants, "BLOCK_O": projections.BLOCK_UP, "BLOCK_T": block_t},
+        constants | {name: value for name, value in options.items() if name.isupper()},
         Budget(registers, 4, cores),
-        {"num_warps": 4, "num_stages": 1},
+        {name: value for name, value in options.items() if not name.isupper()},
     )
 
 
 _BLOCK = {"BLOCK": sampling.BLOCK}
+_LIST = {"CANDIDATES": sampling.CANDIDATES}
 _BLOCKS = {**_BLOCK, "NUM_BLOCKS": V // sampling.BLOCK}
 
 VARIANTS: Mapping[str, Variant] = {
@@ -122,33 +125,30 @@ VARIANTS: Mapping[str, Variant] = {
     "wkv7 step, float16 state": Variant(
         wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _STEP, Budget(128, 4), _STEP_OPTIONS
     ),
-    "wkv7 prepare": Variant(
-        wkv7.prepare_kernel,
-        _TYPES,
-        {**_CHUNK, "HAS_VALUE_MIX": True, "PRECISION": wkv7.PRECISION},
-        Budget(255, 8),
-        {"num_warps": wkv7.PREPARE_WARPS},
-    ),
-    "wkv7 scan": Variant(
-        wkv7.scan_kernel,
-        _TYPES,
-        {**_CHUNK, "BLOCK": wkv7.SCAN_ROWS, "PRECISION": wkv7.PRECISION, "STAGES": wkv7.SCAN_STAGES},
-        Budget(255, 8),
-        {"num_warps": wkv7.SCAN_WARPS},
-    ),
+    **{
+        f"wkv7 {name}, {precision}": Variant(
+            kernel, _TYPES, {**_CHUNK, **constants, "PRECISION": precision}, Budget(255, 8), {"num_warps": warps}
+        )
+        for precision, prepare_warps in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+        for name, kernel, constants, warps in (
+            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, wkv7.SOLVE_WARPS),
+            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, prepare_warps),
+            ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS),
+        )
+    },
     "wkv7 finish": Variant(
         wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
     ),
     "shift_mix step, six mixes": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 6}, Budget(64, 30), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(64, 30), _PARTS_OPTIONS
     ),
     "shift_mix step, one mix": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 1}, Budget(64, 15), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_ONE}, Budget(64, 15), _PARTS_OPTIONS
     ),
     "shift_mix prefill": Variant(
         shift_mix.prefill_kernel,
         _TYPES,
-        {**_PARTS, "SPLIT": 1, "M": 6, "ROWS": 1024},
+        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024},
         Budget(80, 40),
         _PARTS_OPTIONS,
     ),
@@ -170,6 +170,7 @@ VARIANTS: Mapping[str, Variant] = {
     "project, 2048 rows": _project(2048, 224, "m64n128k16"),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),
     "raise, 64 rows": _raise(64, 168, "m64n64k16"),
+    "raise, 2048 rows": _raise(2048, 168, "m64n128k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
     "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
@@ -187,7 +188,7 @@ VARIANTS: Mapping[str, Variant] = {
     "linear, spans added": Variant(
         linear.add_spans_kernel,
         {"sums": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
-        {"OUTPUTS": C, "STRIDE": C, "SPLIT": 4, "HAS_SCALE": False, "HAS_BIAS": True, "ACTIVATION": "tanh"}
+        {"OUTPUTS": C, "K": C, "STRIDE": 64 * C, "TILE_K": 64, "SPLIT": 4, "HAS_SCALE": False, "HAS_BIAS": True, "ACTIVATION": "tanh"}
         | {"BLOCK_O": linear.ADD_BLOCK},
         Budget(32, 4),
         {"num_warps": linear.ADD_WARPS},
@@ -198,16 +199,24 @@ VARIANTS: Mapping[str, Variant] = {
             {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
             | {"uniform": "*fp64", "out": "*i64", "stride": "i64", "greatest": "*fp32", "ids": "*i32"}
             | {"is_broken": "*i32", "counts": "*i32", "masses": "*fp32", "candidates": "*i32", "cutoffs": "*i32"}
-            | {"sums": "*fp64", "num_blocks": "i32"},
+            | {"sums": "*fp64", "num_blocks": "i32", "num_rows": "i32", "totals": "*fp32", "num_candidates": "*i32"},
             {"V": V, **constants},
             Budget(registers, wide),
             {"num_warps": warps},
         )
         for name, kernel, constants, registers, wide, warps in [
             ("survey", sampling.survey_kernel, _BLOCK, 40, 2, sampling.NUM_WARPS),
-            ("weigh", sampling.weigh_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
-            ("collect", sampling.collect_kernel, _BLOCKS, 80, 2, sampling.NUM_WARPS),
-            ("cut", sampling.cut_kernel, {"NUM_BLOCKS": 32, "CANDIDATES": sampling.CANDIDATES}, 128, 0, sampling.CUT_WARPS),
+            ("weigh", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 0}, 96, 2, sampling.NUM_WARPS),
+            ("weigh again", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 2}, 112, 2, sampling.NUM_WARPS),
+            ("collect", sampling.collect_kernel, {**_BLOCKS, **_LIST}, 96, 2, sampling.NUM_WARPS),
+            (
+                "cut",
+                sampling.cut_kernel,
+                {**_LIST, "NUM_BLOCKS": V // sampling.BLOCK, "PIECE": sampling.PIECE},
+                128,
+                0,
+                sampling.CUT_WARPS,
+            ),
             ("add", sampling.add_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
             ("pick", sampling.pick_kernel, _BLOCKS, 96, 2, sampling.NUM_WARPS),
         ]

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import LowRank
 from kernels.triton import linear as products
 from kernels.triton import residual, shift_mix
 from kernels.triton import wkv7 as recurrence
-from kernels.triton.projections import LowRankPart, Projections
+from kernels.triton.projections import Projections
 
 if TYPE_CHECKING:
     from kernels.rwkv7 import Layer, Norm, Weights
 
-_EARLY = {"launch_pdl": True}
+_STEP = {"launch_pdl": True}  # prompts fill the card: what begins early is only in the way (measured: 5 % slower)
+_PROMPT: dict[str, bool] = {}
 
 
 class FusedRwkv7:
@@ -48,34 +48,37 @@ class FusedRwkv7:
         output_rows: torch.Tensor,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows. A slot of -1 is a padding row."""
+        launch = _STEP if len(slots) == len(token_ids) else _PROMPT
         ln0 = self._weights.ln0
         x = residual.embed(token_ids, self._weights.embedding, ln0.weight, ln0.bias, ln0.eps)
         sums: torch.Tensor | None = None
         v_first: torch.Tensor | None = None
         for i, (layer, project) in enumerate(zip(self._weights.layers, self._projections, strict=True)):
             p, f = layer.time_mixing, layer.channel_mixing
-            mixes, x = self._shift_mix(x, sums, p.norm, shift[:, i, 0], p.mix, slots, starts)
-            projected = project(mixes, **_EARLY)
+            mixes, x = self._shift_mix(x, sums, p.norm, shift[:, i, 0], p.mix, slots, starts, launch)
+            projected = project(mixes, **launch)
             r, k, v = projected.rkv
             rate, gate, value_mix = projected.others
             y = recurrence.wkv7(
                 r, k, v, projected.decay, rate, gate, v_first, None if v_first is None else value_mix,
                 p.k_k, p.k_a, p.r_k, p.head_norm.weight, p.head_norm.bias, p.head_norm.eps,
-                wkv[:, i], slots, starts, **_EARLY,
+                wkv[:, i], slots, starts, **launch,
             )  # fmt: skip
-            sums = products.linear_sums(y, p.output.packed, **_EARLY)
-            (mix,), x = self._shift_mix(x, sums, f.norm, shift[:, i, 1], f.mix, slots, starts)
-            key = products.linear(mix, f.key.packed, activation="relu_squared", is_whole=True, **_EARLY)
-            sums = products.linear_sums(key, f.value.packed, **_EARLY)
+            sums = products.linear_sums(y, p.output.packed, p.output.out_features, **launch)
+            (mix,), x = self._shift_mix(x, sums, f.norm, shift[:, i, 1], f.mix, slots, starts, launch)
+            key = products.linear(
+                mix, f.key.packed, f.key.out_features, activation="relu_squared", is_whole=True, **launch
+            )
+            sums = products.linear_sums(key, f.value.packed, f.value.out_features, **launch)
             v_first = v if v_first is None else v_first
         assert sums is not None
-        return residual.gather(x, sums, output_rows, **_EARLY)
+        return residual.gather(x, sums, output_rows, **launch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
-        ln_out, head = self._weights.ln_out, self._weights.head.packed
-        rows = residual.norm(hidden, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, **_EARLY)
-        return products.linear(rows, head, dtype=torch.float32, is_whole=True, **_EARLY)
+        ln_out, head = self._weights.ln_out, self._weights.head
+        rows = residual.norm(hidden, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, **_STEP)
+        return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **_STEP)
 
     def _shift_mix(
         self,
@@ -86,9 +89,10 @@ class FusedRwkv7:
         mix: torch.Tensor,
         slots: torch.Tensor,
         starts: torch.Tensor,
+        launch: dict[str, bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return shift_mix.add_and_shift_mix(
-            x, sums, norm.weight, norm.bias, norm.eps, shift, mix, slots, starts, self._dtype, **_EARLY
+            x, sums, norm.weight, norm.bias, norm.eps, shift, mix, slots, starts, self._dtype, **launch
         )
 
 
@@ -99,6 +103,7 @@ def can_fuse(weights: Weights, dtype: torch.dtype) -> bool:
         width % 16 == 0
         and width <= shift_mix.MAX_WIDTH
         and weights.head.packed.dtype == dtype
+        and products.is_packed(weights.head.packed)
         and all(_is_taken(layer, dtype) for layer in weights.layers)
     )
 
@@ -108,7 +113,7 @@ def _is_taken(layer: Layer, dtype: torch.dtype) -> bool:
     linears = (p.receptance, p.key, p.value, p.output, f.key, f.value)
     return (
         p.r_k.shape[1] in recurrence.HEAD_SIZES
-        and all(linear.packed.dtype == dtype and products.can_run(linear.packed) for linear in linears)
+        and all(linear.packed.dtype == dtype and products.is_packed(linear.packed) for linear in linears)
         and (p.decay.activation, p.decay.output_activation) == ("tanh", "none")
         and (p.rate.activation, p.rate.output_activation) == ("none", "sigmoid")
         and (p.gate.activation, p.gate.output_activation) == ("sigmoid", "none")
@@ -121,14 +126,4 @@ def _is_taken(layer: Layer, dtype: torch.dtype) -> bool:
 
 def _joined(layer: Layer, dtype: torch.dtype) -> Projections:
     p = layer.time_mixing
-    wide = (p.receptance, p.key, p.value)
-    narrow = [_part(low_rank) for low_rank in (p.decay, p.rate, p.gate)]
-    value_mix = None if p.value_mix is None else _part(p.value_mix)
-    joined = Projections([linear.packed for linear in wide], *narrow, value_mix, dtype)
-    for linear, part in zip(wide, joined.parts, strict=False):
-        linear.packed = part
-    return joined
-
-
-def _part(low_rank: LowRank) -> LowRankPart:
-    return LowRankPart(low_rank.down, low_rank.up, low_rank.bias)
+    return Projections((p.receptance, p.key, p.value), (p.decay, p.rate, p.gate, p.value_mix), dtype)

@@ -1,9 +1,11 @@
-"""How a kernel overlaps with the one before it: programmatic dependent launch, and weights fetched ahead.
+"""How a kernel overlaps with the one before it: programmatic dependent launch.
 
 A kernel launched with `launch_pdl` begins while its predecessor still runs, once all of that one's programs have. What
 it reads before `wait_for_inputs` must therefore be older than its predecessor: weights, and states and indices that
 were there before the first kernel of the step. Everything after it sees all that came before. Launched without, both
-calls do nothing. NVIDIA, PTX ISA, "griddepcontrol", "cp.async.bulk.prefetch".
+calls do nothing. NVIDIA, PTX ISA, "griddepcontrol".
+
+Asking for weights before the wait was tried (`cp.async.bulk.prefetch.L2`): slower, the asking delays the reading.
 """
 
 from __future__ import annotations
@@ -27,17 +29,3 @@ def wait_for_inputs():
     """Return when everything before this kernel is done and can be read."""
     if not INTERPRETED:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(pointers, num_bytes):
-    """Ask for `num_bytes` (a multiple of 16) from each of the aligned `pointers` to be brought into the card's cache."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [pointers.to(tl.int64, bitcast=True), num_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

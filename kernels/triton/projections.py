@@ -14,20 +14,34 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.linear import TRITON_DTYPES, as_operand, plan, prefetch_weights, tile, weighted_sums
+from kernels import Linear, LowRank
+from kernels.triton.linear import (
+    PANEL,
+    TRITON_DTYPES,
+    as_operand,
+    is_packed,
+    pack,
+    plan,
+    streamed_sums,
+    tile,
+    unpack,
+    weighted_sums,
+    weights_at,
+)
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
-PART = 128  # a part of the first matrix begins at a multiple of it
-BLOCK_UP = 64  # outputs a program of the second launch has
-MAX_ROWS_UP = 64  # and rows
+PART = 2 * PANEL  # a part of the first matrix begins at a multiple of it
+FEW_ROWS = 32
+
+_PANEL = tl.constexpr(PANEL)
 
 
 @triton.jit(do_not_specialize=["T"])
 def project_kernel(
     mixes, weight, rkv, hidden, T,
     C: tl.constexpr, WIDE: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr,
-    OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_READ_ONCE: tl.constexpr,
+    OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, TILE_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY, RATE, GATE are ranks.
 
@@ -38,20 +52,19 @@ def project_kernel(
     o = first + tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_K)
-    if IS_READ_ONCE:
-        prefetch_weights(weight, first, OUTPUTS, BLOCK_O, C, C)
     narrow = first - 3 * WIDE
     is_decay = (narrow >= 0) & (narrow < DECAY)
     is_rate = (narrow >= DECAY) & (narrow < DECAY + RATE)
     is_gate = (narrow >= DECAY + RATE) & (narrow < DECAY + RATE + GATE)
     plane = tl.where(first < WIDE, 0, tl.where(first < 2 * WIDE, 2, 3))
     plane = tl.where(is_decay, 1, tl.where(is_rate, 4, tl.where(is_gate, 5, plane)))
-    wait_for_inputs()
-    total = weighted_sums(
-        weight + o.to(tl.int64)[:, None] * C + k[None, :],
-        mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0))[:, None] * C + k[None, :],
-        C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE,
-    )  # fmt: skip
+    weights = weight + weights_at(o, k, C * _PANEL, TILE_K)
+    rows = mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0))[:, None] * C + k[None, :]
+    if AHEAD > 0:
+        total = streamed_sums(weights, rows, C, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, AHEAD)
+    else:
+        wait_for_inputs()
+        total = weighted_sums(weights, rows, C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
     if narrow < 0:
         part = first // WIDE
         channel = o - part * WIDE
@@ -67,18 +80,28 @@ def project_kernel(
 
 
 @triton.jit
-def _raised(
-    weights, rows, total, RANK: tl.constexpr, DTYPE: tl.constexpr, IS_EXACT: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Add a low-rank product. Where exact, float32 inputs are what two operands add up to."""
-    for begin in tl.static_range(0, RANK, BLOCK_K):
-        w = as_operand(tl.load(weights + begin), DTYPE)
-        row = tl.load(rows + begin)
-        high = as_operand(row.to(DTYPE), DTYPE)
-        total = tl.dot(w, tl.trans(high), total, input_precision="ieee")
-        if IS_EXACT:
-            low = as_operand((row - high.to(tl.float32)).to(DTYPE), DTYPE)
-            total = tl.dot(w, tl.trans(low), total, input_precision="ieee")
+def raised(
+    weights, rows, RANK: tl.constexpr, DTYPE: tl.constexpr, IS_EXACT: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A low-rank product, `[BLOCK_O, BLOCK_T]`. Where exact, what float32 inputs lose by rounding is added at the end.
+
+    The first weights are asked for before the wait.
+    """
+    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    STEP: tl.constexpr = min(RANK, BLOCK_K)
+    k = tl.arange(0, STEP)[None, :]
+    w = tl.load(weights + k)
+    wait_for_inputs()
+    for is_rest in tl.static_range(2 if IS_EXACT else 1):
+        for begin in tl.static_range(0, RANK, STEP):
+            if STEP < RANK:
+                w = tl.load(weights + begin + k)
+            row = tl.load(rows + begin + k)
+            if is_rest:
+                row -= row.to(DTYPE).to(tl.float32)
+            operand = as_operand(row.to(DTYPE), DTYPE)
+            total = tl.dot(as_operand(w, DTYPE), tl.trans(operand), total, input_precision="ieee")
     return total
 
 
@@ -90,46 +113,36 @@ def raise_kernel(
 ):  # fmt: skip
     """Program (outputs, rows, which). Writes `decay[T, C]` float32, and `others[3, T, C]`: rate, gate, value mix."""
     let_successor_begin()
-    first = tl.program_id(0) * BLOCK_O
-    o = first + tl.arange(0, BLOCK_O)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     which = tl.program_id(2)
-    k = tl.arange(0, BLOCK_K)
     RANKS: tl.constexpr = DECAY + RATE + GATE + VALUE
     is_output = o < C
-    weights = weight + tl.where(is_output, o, 0)[:, None] * RANKS + k[None, :]
-    rows = hidden + tl.where(t < T, t, 0)[:, None] * RANKS + k[None, :]
-    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    weights = weight + tl.where(is_output, o, 0)[:, None] * RANKS
+    rows = hidden + tl.where(t < T, t, 0)[:, None] * RANKS
     at = t[None, :] * C + o[:, None]
     is_inside = is_output[:, None] & (t < T)[None, :]
-    wait_for_inputs()
     if which == 0:
-        total = _raised(weights, rows, total, DECAY, DTYPE, tl.float32 != DTYPE, BLOCK_K)
+        total = raised(weights, rows, DECAY, DTYPE, tl.float32 != DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
         total += tl.load(decay_bias + o, mask=is_output, other=0.0)[:, None]
         tl.store(decay + at, total, mask=is_inside)
-    else:
-        if which == 1:
-            total = _raised(weights + DECAY, rows + DECAY, total, RATE, DTYPE, False, BLOCK_K)
-            total += tl.load(rate_bias + o, mask=is_output, other=0.0)[:, None]
-            total = 1.0 / (1.0 + tl.exp(-total))
-        elif which == 2:
-            total = _raised(weights + DECAY + RATE, rows + DECAY + RATE, total, GATE, DTYPE, False, BLOCK_K)
-        else:
-            BEFORE: tl.constexpr = DECAY + RATE + GATE
-            total = _raised(weights + BEFORE, rows + BEFORE, total, VALUE, DTYPE, False, BLOCK_K)
-            total += tl.load(mix_bias + o, mask=is_output, other=0.0)[:, None]
-            total = 1.0 / (1.0 + tl.exp(-total))
-        to = others + (which - 1).to(tl.int64) * T * C + at
-        tl.store(to, total.to(others.dtype.element_ty), mask=is_inside)
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankPart:
-    """One low-rank product's place in the joint matrices."""
-
-    down: torch.Tensor  # [D, C]
-    up: torch.Tensor  # [C, D]
-    bias: torch.Tensor | None  # [C] float32
+    elif which == 1:
+        total = raised(weights + DECAY, rows + DECAY, RATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        total += tl.load(rate_bias + o, mask=is_output, other=0.0)[:, None]
+        total = 1.0 / (1.0 + tl.exp(-total))
+        tl.store(others + at, total.to(others.dtype.element_ty), mask=is_inside)
+    elif which == 2:
+        BEFORE_GATE: tl.constexpr = DECAY + RATE
+        total = raised(weights + BEFORE_GATE, rows + BEFORE_GATE, GATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        plane = others + tl.cast(T, tl.int64) * C
+        tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
+    elif VALUE > 0:
+        BEFORE_VALUE: tl.constexpr = DECAY + RATE + GATE
+        total = raised(weights + BEFORE_VALUE, rows + BEFORE_VALUE, VALUE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        total += tl.load(mix_bias + o, mask=is_output, other=0.0)[:, None]
+        total = 1.0 / (1.0 + tl.exp(-total))
+        plane = others + tl.cast(T, tl.int64) * 2 * C
+        tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,57 +157,70 @@ class Projected:
 class Projections:
     """The joint matrices of a layer, in `dtype`."""
 
-    def __init__(
-        self,
-        wide: Sequence[torch.Tensor],
-        decay: LowRankPart,
-        rate: LowRankPart,
-        gate: LowRankPart,
-        value_mix: LowRankPart | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """Take receptance, key and value `[C, C]`, and the low-rank ones; `value_mix` is None in the first layer."""
-        narrow = [decay, rate, gate] + ([value_mix] if value_mix is not None else [])
+    def __init__(self, wide: Sequence[Linear], narrow: Sequence[LowRank | None], dtype: torch.dtype) -> None:
+        """Take receptance, key, value; and decay, rate, gate, value mix, the last being None in the first layer.
+
+        The weights of the first three are views of the joint ones from then on.
+        """
+        narrow = [low_rank for low_rank in narrow if low_rank is not None]
         self._dtype = dtype
-        self._width = wide[0].shape[1]
+        self._width = wide[0].in_features
         self._wide = _padded(self._width)
-        self._ranks = [_padded(len(part.down)) for part in narrow] + [0] * (4 - len(narrow))
+        self._ranks = [_padded(low_rank.rank) for low_rank in narrow] + [0] * (4 - len(narrow))
         sizes = [self._wide] * 3 + self._ranks[: len(narrow)]
-        self.joint = wide[0].new_zeros(sum(sizes), self._width, dtype=dtype)
-        self._up = wide[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
-        self.parts = [
-            place[: len(matrix)].copy_(matrix)
-            for place, matrix in zip(self.joint.split(sizes), [*wide, *(part.down for part in narrow)], strict=True)
-        ]
-        for place, part in zip(self._up.split(self._ranks, dim=1), narrow, strict=False):
-            place[:, : part.up.shape[1]].copy_(part.up)
-        nothing = self.joint.new_zeros(self._width, dtype=torch.float32)
-        biases = [decay.bias, rate.bias, None if value_mix is None else value_mix.bias]
-        self._biases = [nothing if bias is None else bias for bias in biases]
+        matrices = [unpack(linear.packed, self._width) for linear in wide]
+        matrices += [_plain(low_rank.down, low_rank.rank) for low_rank in narrow]
+        joint = matrices[0].new_zeros(sum(sizes), self._width, dtype=dtype)
+        self._up = matrices[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
+        for place, matrix in zip(joint.split(sizes), matrices, strict=True):
+            place[: len(matrix)] = matrix
+        for place, low_rank in zip(self._up.split(self._ranks, dim=1), narrow, strict=False):
+            place[:, : low_rank.rank] = _plain(low_rank.up, self._width)
+        self._outputs = len(joint)
+        self._joint = pack(joint)
+        for linear, panels in zip(wide, self._joint.split([size // PANEL for size in sizes]), strict=False):
+            linear.packed = panels[: triton.cdiv(self._width, PANEL)]
+        nothing = joint.new_zeros(self._width, dtype=torch.float32)
+        biases = [low_rank.bias for low_rank in narrow if low_rank is not narrow[2]] + [None]
+        self._biases = [nothing if bias is None else bias for bias in biases[:3]]
 
     def __call__(self, mixes: torch.Tensor, **launch: bool) -> Projected:
         """Return what `mixes[6, T, C]` project to."""
         _, T, C = mixes.shape
         decay, rate, gate, value = self._ranks
-        outputs, itemsize = len(self.joint), mixes.element_size()
+        itemsize = mixes.element_size()
         rkv, others = mixes.new_empty(3, T, C), mixes.new_empty(3, T, C)
         hidden = mixes.new_empty(T, sum(self._ranks), dtype=torch.float32)
         raw_decay = mixes.new_empty(T, C, dtype=torch.float32)
-        tiles, block_k = tile(T, itemsize), plan(outputs, C, itemsize, is_whole=True).block_k
-        ranks = {"DECAY": decay, "RATE": rate, "GATE": gate}
-        project_kernel[(outputs // tiles.block_o, triton.cdiv(T, tiles.block_t))](
-            mixes, self.joint, rkv, hidden, T, C=C, WIDE=self._wide, OUTPUTS=outputs, **ranks,
-            DTYPE=TRITON_DTYPES[self._dtype], BLOCK_K=block_k, **tiles.options(T), **launch,
+        tiles, tile_k = tile(T, itemsize), plan(self._outputs, C, itemsize, is_whole=True).tile_k
+        of_matrix = {"C": C, "DECAY": decay, "RATE": rate, "GATE": gate, "DTYPE": TRITON_DTYPES[self._dtype]}
+        project_kernel[(self._outputs // tiles.block_o, triton.cdiv(T, tiles.block_t))](
+            mixes, self._joint, rkv, hidden, T, WIDE=self._wide, OUTPUTS=self._outputs, **of_matrix,
+            **tiles.options(C, tile_k), **launch,
         )  # fmt: skip
-        block_t = min(MAX_ROWS_UP, tiles.block_t)
-        grid = (triton.cdiv(C, BLOCK_UP), triton.cdiv(T, block_t), 4 if value else 3)
+        options = raise_options(T, itemsize)
+        grid = (triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), 4 if value else 3)
         raise_kernel[grid](
-            hidden, self._up, *self._biases, raw_decay, others, T, C=C, VALUE=value, **ranks,
-            DTYPE=TRITON_DTYPES[self._dtype], BLOCK_O=BLOCK_UP, BLOCK_T=block_t, BLOCK_K=min(block_k, 64),
-            num_warps=4, num_stages=1, **launch,
-        )  # fmt: skip
+            hidden, self._up, *self._biases, raw_decay, others, T, VALUE=value, **of_matrix, **options, **launch
+        )
         return Projected(rkv, raw_decay, others)
+
+
+def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
+    """Return who computes what in the second launch; few rows take all inputs of a low-rank product at once."""
+    if itemsize == 4:
+        return {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    if num_rows <= FEW_ROWS:
+        return {"BLOCK_O": 64, "BLOCK_T": max(16, triton.next_power_of_2(num_rows)), "BLOCK_K": 256, "num_warps": 4}
+    if num_rows <= 256:
+        return {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4}
+    return {"BLOCK_O": 128, "BLOCK_T": 128, "BLOCK_K": 64, "num_warps": 8}
 
 
 def _padded(size: int) -> int:
     return triton.cdiv(size, PART) * PART
+
+
+def _plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Return a matrix `[O, K]`, packed or not."""
+    return unpack(weight, out_features) if is_packed(weight) else weight

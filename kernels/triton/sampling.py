@@ -1,13 +1,15 @@
-"""Truncation and drawing without sorting the vocabulary: six short launches, most of them with many programs a row.
+"""Truncation and drawing without sorting the vocabulary: eight short launches, most with many programs a row.
 
-    survey    of each block of a row: the greatest logit, where it is, whether the row is a distribution
-    weigh     of each block, by octave of likelihood: how many tokens, and their mass
-    collect   the likelihoods of the octave in which the last token lies that `top_k` and `top_p` keep
-    cut       which of them it is, by halving: of positive floats the bit patterns have the floats' order
-    add       of each block: the mass that is drawn from
-    pick      the block, then the token in it
+    survey         of each block of a row: the greatest logit, where it is, whether the row is a distribution
+    weigh, thrice  of each block: tokens at least so likely, and their mass, for eight bounds; after the first time
+                   between those of the time before where the last token lies that `top_k` and `top_p` keep
+    collect        of each block: the likelihoods between those of the last time
+    cut            which of them it is, between ever closer bounds
+    add            of each block: the mass that is drawn from
+    pick           the block, then the token in it
 
-Every sum has one order. Rows that do not truncate leave the second to fourth at once, greedy ones the fifth, too.
+Bounds are on the bits of likelihoods, which for positive floats have the floats' order. Every sum has one order. Rows
+that do not truncate leave the second to sixth at once, greedy ones the seventh, too.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 BLOCK = 2048
 NUM_WARPS = 8
-CANDIDATES = 8192  # of an octave that lie in registers; if there are more, the others are read in every round
+MAX_PROGRAMS = 1024  # of many rows: a program then takes several blocks
+CANDIDATES = 64  # of a block that are collected; if there are more, the whole row is looked at again
 CUT_WARPS = 16
+PIECE = 2048  # of a row that is looked at again
 
-_OCTAVES = tl.constexpr(32)  # the last one holds all the rest
+_BOUNDS = tl.constexpr(8)
+_TABLES = tl.constexpr(3)  # each divides what the one before leaves
 _BITS_OF_ONE = tl.constexpr(0x3F800000)  # of the float32 1.0, which is the most likely token's likelihood
 
 
@@ -71,87 +76,144 @@ def _likelihood_bits(logits, columns, greatest, V: tl.constexpr):
 
 
 @triton.jit
-def _octave(bits):
-    """0 for a likelihood of 1, one more for each halving."""
-    return tl.minimum(127 - (bits >> 23), _OCTAVES - 1)
+def _at_least(bits, bounds):
+    """For each of `bounds`: how many of the bits are at least as much, and the sum of what these mean."""
+    is_in = bits[None, :] >= bounds[:, None]
+    mass = tl.where(is_in, tl.maximum(bits, 0).to(tl.float32, bitcast=True)[None, :], 0.0)
+    return tl.sum(is_in.to(tl.int32), axis=1), tl.sum(mass, axis=1)
 
 
 @triton.jit
-def weigh_kernel(
-    logits, temperature, top_k, top_p, greatest, counts, masses, stride,
-    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+def _first_bounds():
+    """Likelihoods of 2 ** -14, 2 ** -12, ..., 1."""
+    return (113 + 2 * tl.arange(0, _BOUNDS)) << 23
+
+
+@triton.jit
+def _bounds_between(enough, short):
+    """What divides the bits from `enough` up to `short` alike; a few more of them may be behind the last."""
+    return enough + tl.maximum((short - enough) // _BOUNDS, 1) * (tl.arange(0, _BOUNDS) + 1)
+
+
+@triton.jit
+def _narrowed(bounds, count, mass, wanted, wanted_mass, enough, short, count_above, mass_above):
+    """The range between the last of `bounds` that is `enough` and the first that is `short`; what is from that on."""
+    is_enough = ((count >= wanted) | (mass > wanted_mass)) & (bounds < short)
+    num_enough = tl.sum(is_enough.to(tl.int32), axis=0)
+    i = tl.arange(0, _BOUNDS)
+    enough = tl.where(num_enough > 0, tl.sum(tl.where(i == num_enough - 1, bounds, 0), axis=0), enough)
+    next_bound = tl.sum(tl.where(i == num_enough, bounds, 0), axis=0)
+    is_there = (num_enough < _BOUNDS) & (next_bound < short)
+    count_above = tl.where(is_there, tl.sum(tl.where(i == num_enough, count, 0), axis=0), count_above)
+    mass_above = tl.where(is_there, tl.sum(tl.where(i == num_enough, mass, 0.0), axis=0), mass_above)
+    return enough, tl.where(is_there, next_bound, short), count_above, mass_above
+
+
+@triton.jit
+def _of_row(counts, masses, table, row, num_blocks, NUM_BLOCKS: tl.constexpr):
+    """A table of a row, `[bounds]`, all its blocks added. `counts` and `masses` are `[tables, R, blocks, bounds]`."""
+    blocks = tl.arange(0, NUM_BLOCKS)[:, None]
+    at = ((table + row) * num_blocks + blocks) * _BOUNDS + tl.arange(0, _BOUNDS)[None, :]
+    count = tl.load(counts + at, mask=blocks < num_blocks, other=0)
+    mass = tl.load(masses + at, mask=blocks < num_blocks, other=0.0)
+    return tl.sum(count, axis=0), tl.sum(mass.to(tl.float64), axis=0)
+
+
+@triton.jit
+def _range(
+    top_k, top_p, counts, masses, totals, row, num_rows, num_blocks,
+    NUM_TABLES: tl.constexpr, V: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, block); writes `counts` and `masses` `[R, blocks, octaves]`."""
-    let_successor_begin()
-    wait_for_inputs()
-    row, block, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
-        most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
-        likelihood, octave = tl.maximum(bits, 0).to(tl.float32, bitcast=True), tl.where(bits < 0, -1, _octave(bits))
-        octaves = tl.arange(0, _OCTAVES)
-        count, mass = tl.zeros([_OCTAVES], tl.int32), tl.zeros([_OCTAVES], tl.float32)
-        for i in range(_OCTAVES):
-            is_in = octave == i
-            count = tl.where(octaves == i, tl.sum(is_in.to(tl.int32), axis=0), count)
-            mass = tl.where(octaves == i, tl.sum(tl.where(is_in, likelihood, 0.0), axis=0), mass)
-        at = (row * num_blocks + block) * _OCTAVES + octaves
-        tl.store(counts + at, count)
-        tl.store(masses + at, mass)
-
-
-@triton.jit
-def _last_octave(counts, masses, top_k, top_p, row, num_blocks, V: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The octave of the last token kept, or one past the last; count and mass above it; mass wanted; count wanted."""
-    blocks, octaves = tl.arange(0, NUM_BLOCKS), tl.arange(0, _OCTAVES)
-    at = (row * num_blocks + blocks[:, None]) * _OCTAVES + octaves[None, :]
-    count = tl.sum(tl.load(counts + at, mask=(blocks < num_blocks)[:, None], other=0), axis=0)
-    mass = tl.sum(tl.load(masses + at, mask=(blocks < num_blocks)[:, None], other=0.0).to(tl.float64), axis=0)
+    """Between which bits the last token kept lies, as far as tables tell; what is above; what is wanted."""
     k, p = tl.load(top_k + row), tl.load(top_p + row)
+    blocks = tl.arange(0, NUM_BLOCKS)
+    total = tl.sum(tl.load(totals + row * num_blocks + blocks, mask=blocks < num_blocks, other=0.0).to(tl.float64))
     wanted = tl.where(k > 0, k, V)
-    wanted_mass = tl.where(p < 1.0, p, 2.0) * tl.sum(mass, axis=0)
-    is_enough = (tl.cumsum(count, axis=0) >= wanted) | (tl.cumsum(mass, axis=0) > wanted_mass)
-    last = tl.min(tl.where(is_enough, octaves, _OCTAVES), axis=0)
-    count_above = tl.sum(tl.where(octaves < last, count, 0), axis=0)
-    mass_above = tl.sum(tl.where(octaves < last, mass, 0.0), axis=0)
-    return last, count_above, mass_above, wanted, wanted_mass
+    wanted_mass = tl.where(p < 1.0, p, 2.0) * total
+    enough, short = tl.zeros([], tl.int32), tl.full([], _BITS_OF_ONE + 1, tl.int32)
+    count_above, mass_above = tl.zeros([], tl.int32), tl.zeros([], tl.float64)
+    for table in tl.static_range(NUM_TABLES):
+        bounds = _first_bounds() if table == 0 else _bounds_between(enough, short)
+        count, mass = _of_row(counts, masses, table * num_rows, row, num_blocks, NUM_BLOCKS)
+        enough, short, count_above, mass_above = _narrowed(
+            bounds, count, mass, wanted, wanted_mass, enough, short, count_above, mass_above
+        )
+    return enough, short, count_above, mass_above, wanted, wanted_mass
 
 
-@triton.jit
-def collect_kernel(
-    logits, temperature, top_k, top_p, greatest, counts, masses, candidates, stride,
-    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"])
+def weigh_kernel(
+    logits, temperature, top_k, top_p, greatest, counts, masses, totals, stride, num_rows, num_blocks,
+    TABLE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, block); writes the bits of the octave's likelihoods to `candidates[R, V]`, one after the other."""
+    """Program (row, block and every so many after it); fills the TABLE, and the first time the `totals[R, blocks]`."""
     let_successor_begin()
     wait_for_inputs()
-    row, block, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row, block = tl.program_id(0), tl.program_id(1)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
-        last, _, _, _, _ = _last_octave(counts, masses, top_k, top_p, row, num_blocks, V, NUM_BLOCKS)
-        blocks = tl.arange(0, NUM_BLOCKS)
-        at = (row * num_blocks + blocks) * _OCTAVES + last
-        before = tl.sum(tl.load(counts + at, mask=(blocks < block) & (last < _OCTAVES), other=0), axis=0)
         most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
-        is_in = (bits >= 0) & (_octave(bits) == last)
-        place = before + tl.cumsum(is_in.to(tl.int32), axis=0) - 1
-        tl.store(candidates + row.to(tl.int64) * V + place, bits, mask=is_in)
+        if TABLE == 0:
+            bounds = _first_bounds()
+        else:
+            enough, short, _count, _mass, _wanted, _wanted_mass = _range(
+                top_k, top_p, counts, masses, totals, row, num_rows, num_blocks, TABLE, V, NUM_BLOCKS
+            )
+            bounds = _bounds_between(enough, short)
+        while block < num_blocks:
+            columns = block * BLOCK + tl.arange(0, BLOCK)
+            bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
+            if TABLE == 0:
+                mass = tl.where((bits >= 0) & (bits <= _BITS_OF_ONE), bits, 0).to(tl.float32, bitcast=True)
+                tl.store(totals + row * num_blocks + block, tl.sum(mass, axis=0))
+            count, mass_of = _at_least(bits, bounds)
+            at = ((TABLE * num_rows + row) * num_blocks + block) * _BOUNDS + tl.arange(0, _BOUNDS)
+            tl.store(counts + at, count)
+            tl.store(masses + at, mass_of)
+            block += tl.num_programs(1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def collect_kernel(
+    logits, temperature, top_k, top_p, greatest, counts, masses, totals, candidates, num_candidates, stride, num_rows,
+    num_blocks,
+    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Program as above; writes `num_candidates[R, blocks]` and the bits, `candidates[R, blocks, CANDIDATES]`."""
+    let_successor_begin()
+    wait_for_inputs()
+    row, block = tl.program_id(0), tl.program_id(1)
+    if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
+        most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
+        enough, short, _count, _mass, _wanted, _wanted_mass = _range(
+            top_k, top_p, counts, masses, totals, row, num_rows, num_blocks, _TABLES, V, NUM_BLOCKS
+        )
+        while block < num_blocks:
+            columns = block * BLOCK + tl.arange(0, BLOCK)
+            bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
+            is_in = (bits >= enough) & (bits < short)
+            place = tl.cumsum(is_in.to(tl.int32), axis=0) - 1
+            at = row * num_blocks + block
+            tl.store(candidates + at * CANDIDATES + place, bits, mask=is_in & (place < CANDIDATES))
+            tl.store(num_candidates + at, tl.sum(is_in.to(tl.int32), axis=0))
+            block += tl.num_programs(1)
 
 
 @triton.jit
-def _count_and_mass(bits, bound):
-    """How many of the bits are at least `bound`, and the sum of what they mean."""
-    is_in = bits >= bound
-    mass = tl.where(is_in, bits.to(tl.float32, bitcast=True), 0.0)
-    return tl.sum(is_in.to(tl.int32), axis=0), tl.sum(mass, axis=0).to(tl.float64)
+def _at_least_of_row(logits, most, bounds, V: tl.constexpr, PIECE: tl.constexpr):
+    """As `_at_least`, of all tokens of a row."""
+    count, mass = tl.zeros([_BOUNDS], tl.int32), tl.zeros([_BOUNDS], tl.float64)
+    for begin in range(0, V, PIECE):
+        more_count, more_mass = _at_least(_likelihood_bits(logits, begin + tl.arange(0, PIECE), most, V), bounds)
+        count += more_count
+        mass += more_mass.to(tl.float64)
+    return count, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def cut_kernel(
-    temperature, top_k, top_p, min_p, counts, masses, candidates, cutoffs, num_blocks,
-    V: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    logits, temperature, top_k, top_p, min_p, greatest, counts, masses, totals, candidates, num_candidates, cutoffs,
+    stride, num_rows, num_blocks,
+    V: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Program (row); writes the bits of the least likelihood that all truncations keep."""
     let_successor_begin()
@@ -159,34 +221,34 @@ def cut_kernel(
     row = tl.program_id(0)
     cutoff = tl.load(min_p + row).to(tl.int32, bitcast=True)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
-        last, count_above, mass_above, wanted, wanted_mass = _last_octave(
-            counts, masses, top_k, top_p, row, num_blocks, V, NUM_BLOCKS
+        enough, short, count_above, mass_above, wanted, wanted_mass = _range(
+            top_k, top_p, counts, masses, totals, row, num_rows, num_blocks, _TABLES, V, NUM_BLOCKS
         )
-        if last < _OCTAVES:
-            blocks = tl.arange(0, NUM_BLOCKS)
-            at = (row * num_blocks + blocks) * _OCTAVES + last
-            num_candidates = tl.sum(tl.load(counts + at, mask=blocks < num_blocks, other=0), axis=0)
-            columns = tl.arange(0, CANDIDATES)
-            list_of_row = candidates + row.to(tl.int64) * V
-            first = tl.load(list_of_row + columns, mask=columns < num_candidates, other=-1)
-            # These bits and more are enough tokens or mass, those are not.
-            enough = tl.where(last == _OCTAVES - 1, 0, (127 - last) << 23)
-            short = tl.where(last == 0, _BITS_OF_ONE + 1, (128 - last) << 23)
+        blocks, place = tl.arange(0, NUM_BLOCKS), tl.arange(0, NUM_BLOCKS * CANDIDATES)
+        at = row * num_blocks
+        most_of_block = tl.max(tl.load(num_candidates + at + blocks, mask=blocks < num_blocks, other=0), axis=0)
+        if most_of_block <= CANDIDATES:
+            block = place // CANDIDATES
+            num = tl.load(num_candidates + at + block, mask=block < num_blocks, other=0)
+            bits = tl.load(candidates + at * CANDIDATES + place, mask=place % CANDIDATES < num, other=-1)
             while short - enough > 1:
-                middle = enough + (short - enough) // 2
-                count, mass = _count_and_mass(first, middle)
-                begin = tl.full([], CANDIDATES, tl.int32)
-                while begin < num_candidates:
-                    is_there = begin + columns < num_candidates
-                    more = tl.load(list_of_row + begin + columns, mask=is_there, other=-1)
-                    more_count, more_mass = _count_and_mass(more, middle)
-                    count += more_count
-                    mass += more_mass
-                    begin += CANDIDATES
-                is_enough = (count_above + count >= wanted) | (mass_above + mass > wanted_mass)
-                enough = tl.where(is_enough, middle, enough)
-                short = tl.where(is_enough, short, middle)
-            cutoff = tl.maximum(cutoff, enough)
+                bounds = _bounds_between(enough, short)
+                count, mass = _at_least(bits, bounds)
+                enough, short, count_above, mass_above = _narrowed(
+                    bounds, count_above + count, mass_above + mass.to(tl.float64), wanted, wanted_mass,
+                    enough, short, count_above, mass_above,
+                )  # fmt: skip
+                # What has come to lie above is in the counts now.
+                bits = tl.where(bits < short, bits, -1)
+        else:
+            most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
+            while short - enough > 1:
+                bounds = _bounds_between(enough, short)
+                count, mass = _at_least_of_row(logits + row.to(tl.int64) * stride, most, bounds, V, PIECE)
+                enough, short, count_above, mass_above = _narrowed(
+                    bounds, count, mass, wanted, wanted_mass, enough, short, count_above, mass_above
+                )
+        cutoff = tl.maximum(cutoff, enough)
     tl.store(cutoffs + row, cutoff)
 
 
@@ -291,26 +353,33 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows, **launch: bool) -> tor
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     greatest, sums = new(*of_blocks, dtype=torch.float32), new(*of_blocks, dtype=torch.float64)
-    ids, is_broken = (new(*of_blocks, dtype=torch.int32) for _ in range(2))
-    counts = new(*of_blocks, _OCTAVES.value, dtype=torch.int32)
-    masses = new(*of_blocks, _OCTAVES.value, dtype=torch.float32)
-    candidates, cutoffs = new(R, V, dtype=torch.int32), new(R, dtype=torch.int32)
+    ids, is_broken, num_candidates = (new(*of_blocks, dtype=torch.int32) for _ in range(3))
+    counts, masses = (new(_TABLES.value, *of_blocks, _BOUNDS.value, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    totals = new(*of_blocks, dtype=torch.float32)
+    candidates, cutoffs = new(*of_blocks, CANDIDATES, dtype=torch.int32), new(R, dtype=torch.int32)
     token_ids = new(R, dtype=torch.int64)
     truncation = (rows.temperature, rows.top_k, rows.top_p)
-    sizes = {"V": V, "NUM_BLOCKS": triton.next_power_of_2(num_blocks)}
-    options = {"num_warps": NUM_WARPS, **launch}
-    by_block = {**sizes, "BLOCK": BLOCK, **options}
+    tables = (counts, masses, totals)
+    of_row = {"V": V, "NUM_BLOCKS": triton.next_power_of_2(num_blocks), **launch}
+    of_block = {**of_row, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
     stride = logits.stride(0)
-    survey_kernel[of_blocks](logits, greatest, ids, is_broken, stride, V=V, BLOCK=BLOCK, **options)
-    weigh_kernel[of_blocks](logits, *truncation, greatest, counts, masses, stride, **by_block)
-    collect_kernel[of_blocks](logits, *truncation, greatest, counts, masses, candidates, stride, **by_block)
-    cut_kernel[(R,)](
-        *truncation, rows.min_p, counts, masses, candidates, cutoffs, num_blocks,
-        **sizes, CANDIDATES=CANDIDATES, num_warps=CUT_WARPS, **launch,
+    programs = (R, min(num_blocks, max(1, MAX_PROGRAMS // R)))
+    survey_kernel[of_blocks](
+        logits, greatest, ids, is_broken, stride, V=V, BLOCK=BLOCK, num_warps=NUM_WARPS, **launch
+    )
+    for table in range(_TABLES.value):
+        weigh_kernel[programs](logits, *truncation, greatest, *tables, stride, R, num_blocks, TABLE=table, **of_block)
+    collect_kernel[programs](
+        logits, *truncation, greatest, *tables, candidates, num_candidates, stride, R, num_blocks,
+        CANDIDATES=CANDIDATES, **of_block,
     )  # fmt: skip
-    add_kernel[of_blocks](logits, rows.temperature, greatest, cutoffs, sums, stride, **by_block)
+    cut_kernel[(R,)](
+        logits, *truncation, rows.min_p, greatest, *tables, candidates, num_candidates, cutoffs, stride, R, num_blocks,
+        CANDIDATES=CANDIDATES, PIECE=PIECE, **of_row, num_warps=CUT_WARPS,
+    )  # fmt: skip
+    add_kernel[of_blocks](logits, rows.temperature, greatest, cutoffs, sums, stride, **of_block)
     pick_kernel[(R,)](
         logits, rows.temperature, rows.uniform, greatest, ids, is_broken, cutoffs, sums, token_ids, stride, num_blocks,
-        **by_block,
+        **of_block,
     )  # fmt: skip
     return token_ids

@@ -16,9 +16,7 @@ from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 MAX_WIDTH = 16384  # a program sums a whole row
 NUM_WARPS = 4
-BLOCK = 1024  # channels a program writes
-FEW_ROWS = 16  # up to so many, there are too few programs unless
-BLOCK_OF_FEW = 256  # each writes less
+MAX_WRITTEN = 8192  # values of all mixes that a program writes
 
 
 @triton.jit
@@ -48,18 +46,36 @@ def _normed(
     x, sums, row, T, ln_weight, ln_bias, columns, is_inside, eps,
     C: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The part `columns` of a row, and of the row after layer norm."""
+    """The part `columns` of a row, and of the row after layer norm with that part's weights and biases."""
     mean, scale = statistics(x, sums, row, T, eps, C, WIDTH, SPLIT)
+    values = residual(x, sums, row, columns, is_inside, T, C, SPLIT)
+    return values, (values - mean) * scale * ln_weight + ln_bias
+
+
+@triton.jit
+def _parameters(ln_weight, ln_bias, mix, columns, is_inside, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr):
+    """Weights and biases of the norm, and the mixes `[M, columns]`."""
     weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
     bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
-    values = residual(x, sums, row, columns, is_inside, T, C, SPLIT)
-    return values, (values - mean) * scale * weight + bias
+    m = tl.arange(0, M_PADDED)[:, None]
+    return weight, bias, tl.load(mix + m * C + columns[None, :], mask=(m < M) & is_inside[None, :], other=0.0)
+
+
+@triton.jit
+def _store_mixes(
+    out, h, difference, mixes, row, T, columns, is_inside, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr
+):
+    m = tl.arange(0, M_PADDED)[:, None]
+    to = out + (m * T + row) * C + columns[None, :]
+    mixed = h[None, :] + difference[None, :] * mixes
+    tl.store(to, mixed.to(out.dtype.element_ty), mask=(m < M) & is_inside[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
 def step_kernel(
     x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, out, shift_stride, T, eps,
-    SPLIT: tl.constexpr, M: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token a sequence; program (row, part). A row with slot -1 touches no state, and its mixes are zero."""
     let_successor_begin()
@@ -67,30 +83,24 @@ def step_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
     slot = tl.load(slots + row).to(tl.int64)
+    is_row = is_inside & (slot >= 0)
     carried = shift + tl.maximum(slot, 0) * shift_stride + columns
-    before = tl.load(carried, mask=is_inside, other=0.0).to(tl.float32)
+    before = tl.load(carried, mask=is_row, other=0.0).to(tl.float32)
+    weight, bias, mixes = _parameters(ln_weight, ln_bias, mix, columns, is_inside, M, M_PADDED, C)
     wait_for_inputs()
-    if slot >= 0:
-        values, h = _normed(x, sums, row, T, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-        if SPLIT > 0:
-            tl.store(x_out + row * C + columns, values, mask=is_inside)
-        difference = before - h
-        tl.store(carried, h.to(shift.dtype.element_ty), mask=is_inside)
-        for m in tl.static_range(M):
-            mixed = h + difference * tl.load(mix + m * C + columns, mask=is_inside, other=0.0)
-            tl.store(out + (m * T + row) * C + columns, mixed.to(out.dtype.element_ty), mask=is_inside)
-    else:
-        if SPLIT > 0:
-            tl.store(x_out + row * C + columns, tl.zeros([BLOCK], tl.float32), mask=is_inside)
-        for m in tl.static_range(M):
-            tl.store(out + (m * T + row) * C + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=is_inside)
+    values, h = _normed(x, sums, row, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    if SPLIT > 0:
+        tl.store(x_out + row * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_inside)
+    h = tl.where(slot >= 0, h, 0.0)
+    tl.store(carried, h.to(shift.dtype.element_ty), mask=is_row)
+    _store_mixes(out, h, before - h, mixes, row, T, columns, is_inside, M, M_PADDED, C)
 
 
 @triton.jit(do_not_specialize=["T", "num_rows"])
 def prefill_kernel(
     x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, starts, out, shift_stride, T, num_rows, eps,
-    SPLIT: tl.constexpr, M: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Packed sequences; program (token, part). The states are read only: `remember_kernel` writes them afterwards."""
     let_successor_begin()
@@ -101,24 +111,18 @@ def prefill_kernel(
     begins = tl.load(starts + rows, mask=rows < num_rows, other=T)
     row = tl.sum((begins <= token).to(tl.int32), axis=0) - 1
     slot = tl.load(slots + row).to(tl.int64)
+    weight, bias, mixes = _parameters(ln_weight, ln_bias, mix, columns, is_inside, M, M_PADDED, C)
     wait_for_inputs()
-    if slot >= 0:
-        values, h = _normed(x, sums, token, T, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-        if SPLIT > 0:
-            tl.store(x_out + token * C + columns, values, mask=is_inside)
-        if token == tl.load(starts + row):
-            previous = tl.load(shift + slot * shift_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
-        else:
-            _, previous = _normed(x, sums, token - 1, T, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-        difference = previous - h
-        for m in tl.static_range(M):
-            mixed = h + difference * tl.load(mix + m * C + columns, mask=is_inside, other=0.0)
-            tl.store(out + (m * T + token) * C + columns, mixed.to(out.dtype.element_ty), mask=is_inside)
+    values, h = _normed(x, sums, token, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    if SPLIT > 0:
+        tl.store(x_out + token * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_inside)
+    if token == tl.load(starts + row):
+        carried = shift + tl.maximum(slot, 0) * shift_stride + columns
+        previous = tl.load(carried, mask=is_inside & (slot >= 0), other=0.0).to(tl.float32)
     else:
-        if SPLIT > 0:
-            tl.store(x_out + token * C + columns, tl.zeros([BLOCK], tl.float32), mask=is_inside)
-        for m in tl.static_range(M):
-            tl.store(out + (m * T + token) * C + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=is_inside)
+        _, previous = _normed(x, sums, token - 1, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    h, previous = tl.where(slot >= 0, h, 0.0), tl.where(slot >= 0, previous, 0.0)
+    _store_mixes(out, h, previous - h, mixes, token, T, columns, is_inside, M, M_PADDED, C)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -135,8 +139,17 @@ def remember_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     if slot >= 0:
         last = tl.load(starts + row + 1).to(tl.int64) - 1
-        _, h = _normed(x, sums, last, T, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+        weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
+        bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
+        _, h = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
         tl.store(shift + slot * shift_stride + columns, h.to(shift.dtype.element_ty), mask=is_inside)
+
+
+def block_for(num_tokens: int, num_mixes: int, width: int) -> int:
+    """Return how many channels a program writes: fewer where there are too few programs else."""
+    if num_tokens <= 64:
+        return min(256 if num_tokens <= 16 else 512, width)
+    return min(MAX_WRITTEN // triton.next_power_of_2(num_mixes), 2048, width)
 
 
 def can_run(shift: torch.Tensor) -> bool:
@@ -181,16 +194,19 @@ def add_and_shift_mix(
     out = x.new_empty(M, T, C, dtype=dtype)
     x_out = x if sums is None else torch.empty_like(x)
     width = triton.next_power_of_2(C)
-    block = min(BLOCK if T > FEW_ROWS else BLOCK_OF_FEW, width)
+    block = block_for(T, M, width)
     parts = triton.cdiv(C, block)
     sizes = {"SPLIT": split, "C": C, "WIDTH": width, "BLOCK": block, "num_warps": NUM_WARPS, **launch}
     norm = (ln_weight, ln_bias, shift)
+    mixes = {"M": M, "M_PADDED": triton.next_power_of_2(M)}
     if num_rows == T:
-        step_kernel[(T, parts)](*addends, x_out, *norm, mix, slots, out, shift.stride(0), T, eps, M=M, **sizes)
+        step_kernel[(T, parts)](
+            *addends, x_out, *norm, mix, slots, out, shift.stride(0), T, eps, **mixes, **sizes
+        )
         return out, x_out
     prefill_kernel[(T, parts)](
         *addends, x_out, *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
-        M=M, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
+        **mixes, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
     )  # fmt: skip
     remember_kernel[(num_rows, parts)](*addends, *norm, slots, starts, shift.stride(0), T, eps, **sizes)
     return out, x_out

@@ -1,8 +1,9 @@
 """Time mixing between its projections: decay, removal, state, group norm, bonus and gate.
 
 A sequence of one token takes one launch, in which a program owns one head, with its whole state `S[N(value), N(key)]`
-in registers. Longer ones take three: everything about a chunk that does not need the state before it, for all chunks at
-once (`prepare_kernel`); the states, chunk after chunk (`scan_kernel`); and what follows the read-out (`finish_kernel`).
+in registers. Longer ones take four: everything about a chunk that does not need the state before it, for all chunks at
+once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk
+after chunk (`scan_kernel`); and what follows the read-out (`finish_kernel`).
 Chunks are counted from a sequence's first token in the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same
 bits however often it is cut. A lone token is the same in a batch of lone tokens and beside prompts.
 
@@ -22,12 +23,16 @@ from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_in
 
 HEAD_SIZES = (16, 32, 64, 128)
 CHUNK_LEN = 32  # the cumulative decay of a chunk is above 0.545 ** 32 = 4e-9, and its inverse harmless in float32
-STEP_WARPS, PREPARE_WARPS, SCAN_WARPS, FINISH_WARPS = 4, 8, 4, 4
+STEP_WARPS, SOLVE_WARPS, SCAN_WARPS, FINISH_WARPS = 2, 4, 4, 4
 SCAN_ROWS = 16  # of a state, which its rows do not share: several programs advance one
 SCAN_STAGES = 3
-PRECISION = "tf32x3"  # products of chunks are made of three, which is float32 but for its last two bits
+# How products of a chunk are made, and warps of `prepare_kernel`. Three tf32 ones are float32 but for its last two
+# bits. Beside inputs of 16 bits one does: it moves results of a bfloat16 model no further than steps instead of chunks.
+OF_FLOAT32 = ("tf32x3", 8)
+OF_16_BITS = ("tf32", 4)
 FP_FUSION = False  # lone tokens: which products and sums become one instruction is the same beside prompts and alone
 
+_SOLVED = tl.constexpr(CHUNK_LEN // 4)  # rows of a block that is solved row by row
 _LOG_DECAY_BOUND = tl.constexpr(-math.exp(-0.5))  # log w = -exp(-0.5) * sigmoid(dw)
 
 
@@ -67,15 +72,14 @@ def _keys(k, a, offsets, is_inside, k_k, k_a, channels, AXIS: tl.constexpr):
 
 @triton.jit
 def _finish(
-    y, read, key, value, gate, offsets, is_inside, r_k, ln_weight, ln_bias, channels, eps, N: tl.constexpr, AXIS: tl.constexpr
+    y, read, key, value, gate, bonus_weight, norm_weight, norm_bias, eps, N: tl.constexpr, AXIS: tl.constexpr
 ):
     """Group norm of a head, bonus of the present token, gate."""
     mean = tl.sum(y, axis=AXIS, keep_dims=True) / N
     centred = y - mean
     variance = tl.sum(centred * centred, axis=AXIS, keep_dims=True) / N
-    bonus = tl.sum(read * key * tl.load(r_k + channels), axis=AXIS, keep_dims=True) * value
-    normed = centred / tl.sqrt(variance + eps) * tl.load(ln_weight + channels) + tl.load(ln_bias + channels)
-    return (normed + bonus) * _load_row(gate, offsets, is_inside)
+    bonus = tl.sum(read * key * bonus_weight, axis=AXIS, keep_dims=True) * value
+    return (centred / tl.sqrt(variance + eps) * norm_weight + norm_bias + bonus) * gate
 
 
 @triton.jit
@@ -99,17 +103,21 @@ def step_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     tile = state + tl.maximum(slot, 0) * state_stride + head * N * N + columns[:, None] * N + columns[None, :]
     if (slot >= 0) & (length == 1):
+        # Everything is asked for before anything is needed.
         S = tl.load(tile).to(tl.float32)
+        bonus_weight, norm_weight = tl.load(r_k + channels), tl.load(ln_weight + channels)
+        norm_bias = tl.load(ln_bias + channels)
         wait_for_inputs()
+        raw_decay, output_gate = _load_row(decay, offsets, None), _load_row(gate, offsets, None)
         read = _load_row(r, offsets, None)
         value = _value(v, v_first, value_mix, offsets, None, HAS_VALUE_MIX)
         kk, removal, key = _keys(k, a, offsets, None, k_k, k_a, channels, 0)
-        w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(_load_row(decay, offsets, None)))
+        w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(raw_decay))
         removed = tl.sum(S * kk[None, :], axis=1)
         S = S * w[None, :] - removed[:, None] * removal[None, :] + value[:, None] * key[None, :]
         tl.store(tile, S.to(state.dtype.element_ty))
         y = tl.sum(S * read[None, :], axis=1)
-        y = _finish(y, read, key, value, gate, offsets, None, r_k, ln_weight, ln_bias, channels, eps, N, 0)
+        y = _finish(y, read, key, value, output_gate, bonus_weight, norm_weight, norm_bias, eps, N, 0)
         tl.store(out + offsets, y.to(out.dtype.element_ty))
     else:
         wait_for_inputs()
@@ -141,14 +149,31 @@ def _tokens_of_chunk(starts, chunk, num_rows, ROWS: tl.constexpr, L: tl.constexp
 
 
 @triton.jit
-def _inverse(strict, L: tl.constexpr):
-    """`(1 - strict)^-1` of a strictly lower triangular matrix, row by row: products of powers would cancel."""
+def _joined(inverse, strict, SIZE: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of blocks of SIZE rows on the diagonal to those of blocks twice as large."""
     rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    is_below = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE != columns // SIZE)
+    below = tl.dot(tl.where(is_below, strict, 0.0), inverse, input_precision=PRECISION)
+    return tl.dot(inverse, below, inverse, input_precision=PRECISION)
+
+
+@triton.jit
+def _inverse(strict, L: tl.constexpr, PRECISION: tl.constexpr):
+    """`(1 - strict)^-1` of a strictly lower triangular matrix: blocks on the diagonal row by row, then pairs of blocks.
+
+    Products of its powers would be fewer steps, and cancel.
+    """
+    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    is_block = rows // _SOLVED == columns // _SOLVED
+    blocks = tl.where(is_block, strict, 0.0)
     inverse = tl.where(rows == columns, 1.0, 0.0)
-    for i in range(1, L):
-        weights = tl.sum(tl.where(rows == i, strict, 0.0), axis=0)
-        inverse = tl.where(rows == i, inverse + tl.sum(weights[:, None] * inverse, axis=0)[None, :], inverse)
-    return inverse
+    for i in range(1, _SOLVED):
+        is_row = rows % _SOLVED == i
+        weights = tl.sum(tl.where(is_row, blocks, 0.0), axis=0)
+        new = tl.sum(weights[:, None] * inverse, axis=0)
+        inverse = tl.where(is_row & is_block, inverse + new[None, :], inverse)
+    inverse = _joined(inverse, strict, _SOLVED, L, PRECISION)
+    return _joined(inverse, strict, 2 * _SOLVED, L, PRECISION)
 
 
 @triton.jit
@@ -159,8 +184,42 @@ def _log_decays(decay, offsets, is_inside):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
+def solve_kernel(
+    k, v, decay, a, v_first, value_mix, k_k, k_a, starts, by_state, by_values, num_rows, C,
+    ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each token of a chunk finds under its removal key; program (chunk, head).
+
+    That is `by_state S^T + by_values`, both `[L, N]` float32, for any state S before the chunk.
+    """
+    let_successor_begin()
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    _, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
+    wait_for_inputs()
+    if begin < end:
+        columns = tl.arange(0, N)
+        channels = head * N + columns
+        tokens = begin + tl.arange(0, L)
+        is_inside = (tokens < end)[:, None]
+        offsets = tokens[:, None] * C + channels[None, :]
+        kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
+        log_w, c = _log_decays(decay, offsets, is_inside)
+        a_in = kk * tl.exp(c - log_w)
+        is_before = tl.arange(0, L)[:, None] > tl.arange(0, L)[None, :]
+        from_ab = tl.dot(a_in, tl.trans(-removal * tl.exp(-c)), input_precision=PRECISION)
+        from_ak = tl.dot(a_in, tl.trans(key * tl.exp(-c)), input_precision=PRECISION)
+        inverse = _inverse(tl.where(is_before, from_ab, 0.0), L, PRECISION)
+        at = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
+        tl.store(by_state + at, tl.dot(inverse, a_in, input_precision=PRECISION))
+        value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
+        found = tl.dot(tl.where(is_before, from_ak, 0.0), value, input_precision=PRECISION)
+        tl.store(by_values + at, tl.dot(inverse, found, input_precision=PRECISION))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def prepare_kernel(
-    r, k, v, decay, a, v_first, value_mix, k_k, k_a, starts, carry, added, reads, found, num_rows, C,
+    r, k, v, decay, a, v_first, value_mix, k_k, k_a, starts, by_state, by_values, carry, added, reads, found,
+    num_rows, C,
     ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk does to any state S before it; program (chunk, head, which half). All float32:
@@ -177,46 +236,29 @@ def prepare_kernel(
         tokens = begin + tl.arange(0, L)
         is_inside = (tokens < end)[:, None]
         offsets = tokens[:, None] * C + channels[None, :]
-        rows, across = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-
-        # What each token finds under its removal key is `by_state S^T + by_values`.
+        part = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
+        from_state, from_values = tl.load(by_state + part), tl.load(by_values + part)
         value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
         kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
         log_w, c = _log_decays(decay, offsets, is_inside)
-        a_in = kk * tl.exp(c - log_w)
-        from_ab = tl.dot(a_in, tl.trans(-removal * tl.exp(-c)), input_precision=PRECISION)
-        from_ak = tl.dot(a_in, tl.trans(key * tl.exp(-c)), input_precision=PRECISION)
-        inverse = _inverse(tl.where(rows > across, from_ab, 0.0), L)
-        by_values = tl.dot(tl.where(rows > across, from_ak, 0.0), value, input_precision=PRECISION)
-        by_state = tl.dot(inverse, a_in, input_precision=PRECISION)
-        by_values = tl.dot(inverse, by_values, input_precision=PRECISION)
-
-        # Inputs are read again rather than kept, and two programs share what follows: else the registers do not do.
-        tl.debug_barrier()
         if tl.program_id(2) == 0:
-            value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
-            kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
-            log_w, c = _log_decays(decay, offsets, is_inside)
+            is_until = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
             r_in = _load_row(r, offsets, is_inside) * tl.exp(c)
             from_rb = tl.dot(r_in, tl.trans(-removal * tl.exp(-c)), input_precision=PRECISION)
-            from_rb = tl.where(rows >= across, from_rb, 0.0)
+            from_rb = tl.where(is_until, from_rb, 0.0)
             from_rk = tl.dot(r_in, tl.trans(key * tl.exp(-c)), input_precision=PRECISION)
-            at = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
-            tl.store(reads + at, tl.dot(from_rb, by_state, r_in, input_precision=PRECISION))
-            y = tl.dot(tl.where(rows >= across, from_rk, 0.0), value, input_precision=PRECISION)
-            tl.store(found + at, tl.dot(from_rb, by_values, y, input_precision=PRECISION))
+            tl.store(reads + part, tl.dot(from_rb, from_state, r_in, input_precision=PRECISION))
+            y = tl.dot(tl.where(is_until, from_rk, 0.0), value, input_precision=PRECISION)
+            tl.store(found + part, tl.dot(from_rb, from_values, y, input_precision=PRECISION))
         else:
-            value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
-            kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
-            log_w, c = _log_decays(decay, offsets, is_inside)
             c_end = tl.sum(log_w, axis=0)
             to_end = tl.exp(c_end[None, :] - c)
             removal = -removal * to_end
             whole = ((chunk * tl.num_programs(1) + head).to(tl.int64) * N + columns)[:, None] * N + columns[None, :]
             kept = tl.where(columns[:, None] == columns[None, :], tl.exp(c_end)[None, :], 0.0)
-            tl.store(carry + whole, tl.dot(tl.trans(by_state), removal, kept, input_precision=PRECISION))
+            tl.store(carry + whole, tl.dot(tl.trans(from_state), removal, kept, input_precision=PRECISION))
             S = tl.dot(tl.trans(value), key * to_end, input_precision=PRECISION)
-            tl.store(added + whole, tl.dot(tl.trans(by_values), removal, S, input_precision=PRECISION))
+            tl.store(added + whole, tl.dot(tl.trans(from_values), removal, S, input_precision=PRECISION))
 
 
 @triton.jit
@@ -290,8 +332,9 @@ def finish_kernel(
             _, _, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
             read = _load_row(r, offsets, is_inside)
             y = _finish(
-                y, read, key, value, gate, offsets, is_inside, r_k, ln_weight, ln_bias, channels[None, :], eps, N, 1
-            )
+                y, read, key, value, _load_row(gate, offsets, is_inside), tl.load(r_k + channels)[None, :],
+                tl.load(ln_weight + channels)[None, :], tl.load(ln_bias + channels)[None, :], eps, N, 1,
+            )  # fmt: skip
             tl.store(out + offsets, y.to(out.dtype.element_ty), mask=is_inside)
         else:
             tl.store(out + offsets, tl.zeros([L, N], out.dtype.element_ty), mask=is_inside)
@@ -337,18 +380,26 @@ def wkv7(
     )  # fmt: skip
     if B == T:
         return out
-    num_chunks = T // CHUNK_LEN + B  # or fewer
+    num_chunks = T // CHUNK_LEN + min(B, T - B)  # or fewer: a sequence of one token has none
     carry, added = (r.new_empty(num_chunks, H, N, N, dtype=torch.float32) for _ in range(2))
-    reads, found = (r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(2))
+    by_state, by_values, reads, found = (
+        r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(4)
+    )
+    precision, prepare_warps = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
     sizes = {"ROWS": max(16, triton.next_power_of_2(B)), "N": N, "L": CHUNK_LEN}
+    products = {**sizes, "PRECISION": precision}
+    solve_kernel[(num_chunks, H)](
+        k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, B, C,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=SOLVE_WARPS, **launch,
+    )  # fmt: skip
     prepare_kernel[(num_chunks, H, 2)](
-        r, k, v, decay, a, *residual, k_k, k_a, starts, carry, added, reads, found, B, C,
-        HAS_VALUE_MIX=has_value_mix, PRECISION=PRECISION, **sizes, num_warps=PREPARE_WARPS, **launch,
+        r, k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, carry, added, reads, found, B, C,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=prepare_warps, **launch,
     )  # fmt: skip
     block = min(SCAN_ROWS, N)
     scan_kernel[(B, H, N // block)](
         carry, added, reads, found, state, slots, starts, state.stride(0), B, H,
-        BLOCK=block, PRECISION=PRECISION, STAGES=SCAN_STAGES, **sizes, num_warps=SCAN_WARPS, **launch,
+        BLOCK=block, STAGES=SCAN_STAGES, **products, num_warps=SCAN_WARPS, **launch,
     )  # fmt: skip
     finish_kernel[(num_chunks, H)](
         r, k, v, a, gate, *residual, k_k, k_a, *norm, slots, starts, found, out, B, C, eps,
