@@ -38,13 +38,15 @@ class Variant:
     unaligned: tuple[str, ...] = ("T", "H", "eps", "num_rows")  # arguments that need not be multiples of 16
 
 
+_PARAMETERS = ["ln_weight", "ln_bias", "mix", "k_k", "k_a", "r_k", "decay_bias", "rate_bias", "mix_bias"]
+_OF_CHUNKS = ["by_state", "by_values", "carry", "added", "reads", "found"]
 _FLOATS = dict.fromkeys(
-    ["x", "sums", "x_out", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"]
-    + ["by_state", "by_values", "carry", "added", "reads", "found", "hidden", "decay_bias", "rate_bias", "mix_bias"],
+    ["x", "sums", "x_out", "shift", "decay", "state", "hidden", *_PARAMETERS, *_OF_CHUNKS],
     "*fp32",
 )
 _HALVES = dict.fromkeys(
-    ["r", "k", "v", "a", "gate", "v_first", "value_mix", "out", "mixes", "weight", "rkv", "others", "embedding"], "*bf16"
+    ["r", "k", "v", "a", "gate", "v_first", "value_mix", "out", "mixes", "weight", "rkv", "others", "embedding"],
+    "*bf16",
 )
 _INDICES = dict.fromkeys(["slots", "starts", "rows", "token_ids"], "*i64")
 _SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "H": "i32", "T": "i32", "num_rows": "i32"}
@@ -57,7 +59,7 @@ _STEP_OPTIONS = {"num_warps": wkv7.STEP_WARPS, "enable_fp_fusion": wkv7.FP_FUSIO
 _CHUNK = {"ROWS": 16, "N": N, "L": wkv7.CHUNK_LEN}
 _PARTS = {"SPLIT": 4, "C": C, "WIDTH": C, "BLOCK": 256}
 _SIX, _ONE = {"M": 6, "M_PADDED": 8}, {"M": 1, "M_PADDED": 1}
-_PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS}
+_PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS, "enable_fp_fusion": shift_mix.FP_FUSION}
 
 
 def _linear(
@@ -82,15 +84,15 @@ def _linear(
             "HAS_SCALE": is_int8,
             "HAS_BIAS": activation != "none",
             "ACTIVATION": activation,
-            **_shape(tile, inputs // plan.split, plan.tile_k),
+            **_shape(tile, num_rows, inputs // plan.split, plan.tile_k),
         },
         Budget(registers, wide, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
-def _shape(tile: linear.Tile, span: int, tile_k: int) -> dict[str, int]:
-    return {name: value for name, value in tile.options(span, tile_k).items() if name.isupper()}
+def _shape(tile: linear.Tile, num_rows: int, span: int, tile_k: int) -> dict[str, int]:
+    return {name: value for name, value in tile.options(num_rows, span, tile_k).items() if name.isupper()}
 
 
 def _project(num_rows: int, registers: int, cores: str) -> Variant:
@@ -98,7 +100,7 @@ def _project(num_rows: int, registers: int, cores: str) -> Variant:
     return Variant(
         projections.project_kernel,
         _TYPES,
-        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, **_shape(tile, C, 64)},
+        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, **_shape(tile, num_rows, C, 64)},
         Budget(registers, 4, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
@@ -170,7 +172,6 @@ VARIANTS: Mapping[str, Variant] = {
     "project, 2048 rows": _project(2048, 224, "m64n128k16"),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),
     "raise, 64 rows": _raise(64, 168, "m64n64k16"),
-    "raise, 2048 rows": _raise(2048, 168, "m64n128k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
     "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
@@ -188,7 +189,16 @@ VARIANTS: Mapping[str, Variant] = {
     "linear, spans added": Variant(
         linear.add_spans_kernel,
         {"sums": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
-        {"OUTPUTS": C, "K": C, "STRIDE": 64 * C, "TILE_K": 64, "SPLIT": 4, "HAS_SCALE": False, "HAS_BIAS": True, "ACTIVATION": "tanh"}
+        {
+            "OUTPUTS": C,
+            "K": C,
+            "STRIDE": 64 * C,
+            "TILE_K": 64,
+            "SPLIT": 4,
+            "HAS_SCALE": False,
+            "HAS_BIAS": True,
+            "ACTIVATION": "tanh",
+        }
         | {"BLOCK_O": linear.ADD_BLOCK},
         Budget(32, 4),
         {"num_warps": linear.ADD_WARPS},

@@ -14,7 +14,7 @@ Prompts take a launch more for each shift, and two for the recurrence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,8 +26,10 @@ from kernels.triton.projections import Projections
 if TYPE_CHECKING:
     from kernels.rwkv7 import Layer, Norm, Weights
 
-_STEP = {"launch_pdl": True}  # prompts fill the card: what begins early is only in the way (measured: 5 % slower)
-_PROMPT: dict[str, bool] = {}
+_STEP: dict[str, Any] = {
+    "launch_pdl": True
+}  # prompts fill the card: what begins early is only in the way (measured: 5 % slower)
+_PROMPT: dict[str, Any] = {}
 
 
 class FusedRwkv7:
@@ -89,7 +91,7 @@ class FusedRwkv7:
         mix: torch.Tensor,
         slots: torch.Tensor,
         starts: torch.Tensor,
-        launch: dict[str, bool],
+        launch: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return shift_mix.add_and_shift_mix(
             x, sums, norm.weight, norm.bias, norm.eps, shift, mix, slots, starts, self._dtype, **launch
@@ -117,10 +119,7 @@ def _is_taken(layer: Layer, dtype: torch.dtype) -> bool:
         and (p.decay.activation, p.decay.output_activation) == ("tanh", "none")
         and (p.rate.activation, p.rate.output_activation) == ("none", "sigmoid")
         and (p.gate.activation, p.gate.output_activation) == ("sigmoid", "none")
-        and (
-            p.value_mix is None
-            or (p.value_mix.activation, p.value_mix.output_activation) == ("none", "sigmoid")
-        )
+        and (p.value_mix is None or (p.value_mix.activation, p.value_mix.output_activation) == ("none", "sigmoid"))
     )
 
 

@@ -31,6 +31,7 @@ _PANEL = tl.constexpr(PANEL)
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
+    """Apply an activation by its name."""
     if ACTIVATION == "sigmoid":
         x = 1.0 / (1.0 + tl.exp(-x))
     elif ACTIVATION == "tanh":
@@ -39,6 +40,15 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = tl.maximum(x, 0.0)
         x = x * x
     return x
+
+
+@triton.jit
+def add_bias(total, bias, is_output):
+    """`total[O, T] + bias[O]`, never the product begun from the bias: Triton makes that of a product of one step only.
+
+    Then a row would have other bits where its product takes several steps. The selection in between prevents it.
+    """
+    return tl.where(is_output[:, None], total, 0.0) + bias[:, None]
 
 
 @triton.jit
@@ -59,7 +69,7 @@ def weights_at(o, k, STRIDE: tl.constexpr, TILE_K: tl.constexpr):
 @triton.jit
 def weighted_sums(
     weights, rows, K: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
     """`weight @ x.T`, `[BLOCK_O, BLOCK_T]` float32, over K inputs in SPLIT spans: each from its front, then added."""
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
@@ -67,40 +77,10 @@ def weighted_sums(
         sums = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
         for begin in range(0, K // SPLIT, BLOCK_K):
             k = part * (K // SPLIT) + begin
-            w = as_operand(tl.load(weights + k * _PANEL), DTYPE)
+            w = tl.load(weights + k * _PANEL, eviction_policy="evict_first" if IS_READ_ONCE else "")
             row = as_operand(tl.load(rows + k), DTYPE)
-            sums = tl.dot(w, tl.trans(row), sums, input_precision="ieee")
+            sums = tl.dot(as_operand(w, DTYPE), tl.trans(row), sums, input_precision="ieee")
         total += sums
-    return total
-
-
-@triton.jit
-def streamed_sums(
-    weights, rows, K: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """As `weighted_sums` of one span, for weights that nobody else reads; waits for its inputs itself.
-
-    Weights are asked for AHEAD blocks before they are needed, the first of them before the wait, so that they come in
-    while the kernel before still runs. Rows lie in cache and are asked for two blocks before.
-    """
-    COUNT: tl.constexpr = K // BLOCK_K
-    ws = ()
-    for i in tl.static_range(min(AHEAD, COUNT)):
-        ws = ws + (tl.load(weights + i * BLOCK_K * _PANEL, eviction_policy="evict_first"),)  # noqa: RUF005
-    wait_for_inputs()
-    xs = ()
-    for i in tl.static_range(min(2, COUNT)):
-        xs = xs + (tl.load(rows + i * BLOCK_K),)  # noqa: RUF005
-    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    for i in tl.static_range(COUNT):
-        w, x = ws[0], xs[0]
-        ws, xs = ws[1:], xs[1:]
-        if i + AHEAD < COUNT:
-            ws = ws + (tl.load(weights + (i + AHEAD) * BLOCK_K * _PANEL, eviction_policy="evict_first"),)  # noqa: RUF005
-        if i + 2 < COUNT:
-            xs = xs + (tl.load(rows + (i + 2) * BLOCK_K),)  # noqa: RUF005
-        total = tl.dot(as_operand(w, DTYPE), tl.trans(as_operand(x, DTYPE)), total, input_precision="ieee")
     return total
 
 
@@ -110,7 +90,7 @@ def linear_kernel(
     OUTPUTS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr, SPLIT: tl.constexpr,
     IS_SIDE_BY_SIDE: tl.constexpr, DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
+    IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, rows, span). Side by side, `out` is `[SPLIT, T, O]` float32 and not activated yet."""
     let_successor_begin()
@@ -122,19 +102,16 @@ def linear_kernel(
     # Rows and outputs past the end read the first one's, and are not stored: no mask in the loop.
     weights = weight + first_k * _PANEL + weights_at(tl.where(o < OUTPUTS, o, 0), k, STRIDE, TILE_K)
     rows = x + tl.where(t < T, t, 0)[:, None] * K + (first_k + k)[None, :]
-    if AHEAD > 0:
-        total = streamed_sums(weights, rows, SPAN, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, AHEAD)
-    else:
-        wait_for_inputs()
-        parts: tl.constexpr = 1 if IS_SIDE_BY_SIDE else SPLIT
-        total = weighted_sums(weights, rows, SPAN, parts, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
+    parts: tl.constexpr = 1 if IS_SIDE_BY_SIDE else SPLIT
+    wait_for_inputs()
+    total = weighted_sums(weights, rows, SPAN, parts, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE)
     is_inside = (o < OUTPUTS)[:, None] & (t < T)[None, :]
     to = out + (tl.program_id(2) * T + t)[None, :] * OUTPUTS + o[:, None]
     if not IS_SIDE_BY_SIDE or SPLIT == 1:
         if HAS_SCALE:
             total *= tl.load(scale + _scale_at(o, K, STRIDE, TILE_K), mask=o < OUTPUTS, other=0.0)[:, None]
         if HAS_BIAS:
-            total += tl.load(bias + o, mask=o < OUTPUTS, other=0.0)[:, None]
+            total = add_bias(total, tl.load(bias + o, mask=o < OUTPUTS, other=0.0), o < OUTPUTS)
         total = activate(total, ACTIVATION)
     tl.store(to, total.to(out.dtype.element_ty), mask=is_inside)
 
@@ -207,10 +184,9 @@ class Tile:
     num_warps: int
     num_stages: int
     is_side_by_side: bool  # the spans of K are different programs'
-    ahead: int = 0  # so many blocks of weights are asked for before they are needed; 0 leaves it to the compiler
 
-    def options(self, span: int, tile_k: int) -> dict[str, int]:
-        """Return the kernel's arguments for spans of so many inputs."""
+    def options(self, num_rows: int, span: int, tile_k: int) -> dict[str, int]:
+        """Return the kernel's arguments for so many rows, and spans of so many inputs."""
         block_k = max(self.max_k, tile_k)
         while span % block_k:
             block_k //= 2
@@ -219,7 +195,7 @@ class Tile:
             "BLOCK_T": self.block_t,
             "BLOCK_K": block_k,
             "TILE_K": tile_k,
-            "AHEAD": self.ahead,
+            "IS_READ_ONCE": self.block_o == PANEL and num_rows <= self.block_t,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -236,7 +212,7 @@ def tile(num_rows: int, itemsize: int, split: int = 1) -> Tile:
     if num_rows > 64:
         return Tile(128, 128, 64, 8, 6, True)
     block_t = next(rows for rows in (16, 32, 64) if rows >= num_rows)
-    return Tile(PANEL, block_t, 128, 4, 1, True, ahead=(3 if block_t == 64 else 4) * 2 // itemsize)
+    return Tile(PANEL, block_t, 128, 4, 6, True)
 
 
 def can_run(weight: torch.Tensor) -> bool:
@@ -304,7 +280,10 @@ def linear(
 
 
 def linear_sums(x: torch.Tensor, weight: torch.Tensor, out_features: int, **launch: bool) -> torch.Tensor:
-    """As `linear`, but return the spans' sums `[S, T, O]` float32, for the next kernel to add in order; not for int8."""
+    """As `linear`, but return the spans' sums `[S, T, O]` float32, for the next kernel to add in order.
+
+    Not for int8.
+    """
     whole = x.new_empty(1, len(x), out_features, dtype=torch.float32)
     return _run(x, weight, None, "none", whole, False, launch)
 
@@ -331,7 +310,7 @@ def _run(
         x, weight, _scales(weight), x if bias is None else bias, out, T,
         K=K, SPLIT=matrix.split, IS_SIDE_BY_SIDE=tiles.is_side_by_side,
         DTYPE=tl.bfloat16 if weight.dtype == torch.int8 else TRITON_DTYPES[weight.dtype],
-        **_matrix(weight, out, bias, activation), **tiles.options(K // matrix.split, matrix.tile_k), **launch,
+        **_matrix(weight, out, bias, activation), **tiles.options(T, K // matrix.split, matrix.tile_k), **launch,
     )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""All projections of a time mixing that read the mixes, in one launch, and the second halves of the low-rank ones in another.
+"""All projections of a time mixing: what reads the mixes in one launch, low-rank products' second halves in another.
 
 The first matrix is `[receptance; key; value; decay; rate; gate; value mix]`, the low-rank ones being their `down`s.
 Each part begins at a multiple of `PART`, so that a program's outputs belong to one of them. The second is the `up`s
@@ -18,11 +18,11 @@ from kernels import Linear, LowRank
 from kernels.triton.linear import (
     PANEL,
     TRITON_DTYPES,
+    add_bias,
     as_operand,
     is_packed,
     pack,
     plan,
-    streamed_sums,
     tile,
     unpack,
     weighted_sums,
@@ -41,7 +41,7 @@ def project_kernel(
     mixes, weight, rkv, hidden, T,
     C: tl.constexpr, WIDE: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr,
     OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, TILE_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY, RATE, GATE are ranks.
 
@@ -60,11 +60,8 @@ def project_kernel(
     plane = tl.where(is_decay, 1, tl.where(is_rate, 4, tl.where(is_gate, 5, plane)))
     weights = weight + weights_at(o, k, C * _PANEL, TILE_K)
     rows = mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0))[:, None] * C + k[None, :]
-    if AHEAD > 0:
-        total = streamed_sums(weights, rows, C, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, AHEAD)
-    else:
-        wait_for_inputs()
-        total = weighted_sums(weights, rows, C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
+    wait_for_inputs()
+    total = weighted_sums(weights, rows, C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE)
     if narrow < 0:
         part = first // WIDE
         channel = o - part * WIDE
@@ -124,11 +121,11 @@ def raise_kernel(
     is_inside = is_output[:, None] & (t < T)[None, :]
     if which == 0:
         total = raised(weights, rows, DECAY, DTYPE, tl.float32 != DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
-        total += tl.load(decay_bias + o, mask=is_output, other=0.0)[:, None]
+        total = add_bias(total, tl.load(decay_bias + o, mask=is_output, other=0.0), is_output)
         tl.store(decay + at, total, mask=is_inside)
     elif which == 1:
         total = raised(weights + DECAY, rows + DECAY, RATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
-        total += tl.load(rate_bias + o, mask=is_output, other=0.0)[:, None]
+        total = add_bias(total, tl.load(rate_bias + o, mask=is_output, other=0.0), is_output)
         total = 1.0 / (1.0 + tl.exp(-total))
         tl.store(others + at, total.to(others.dtype.element_ty), mask=is_inside)
     elif which == 2:
@@ -139,7 +136,7 @@ def raise_kernel(
     elif VALUE > 0:
         BEFORE_VALUE: tl.constexpr = DECAY + RATE + GATE
         total = raised(weights + BEFORE_VALUE, rows + BEFORE_VALUE, VALUE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
-        total += tl.load(mix_bias + o, mask=is_output, other=0.0)[:, None]
+        total = add_bias(total, tl.load(mix_bias + o, mask=is_output, other=0.0), is_output)
         total = 1.0 / (1.0 + tl.exp(-total))
         plane = others + tl.cast(T, tl.int64) * 2 * C
         tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
@@ -162,26 +159,26 @@ class Projections:
 
         The weights of the first three are views of the joint ones from then on.
         """
-        narrow = [low_rank for low_rank in narrow if low_rank is not None]
+        low_ranks = [low_rank for low_rank in narrow if low_rank is not None]
         self._dtype = dtype
         self._width = wide[0].in_features
         self._wide = _padded(self._width)
-        self._ranks = [_padded(low_rank.rank) for low_rank in narrow] + [0] * (4 - len(narrow))
-        sizes = [self._wide] * 3 + self._ranks[: len(narrow)]
+        self._ranks = [_padded(low_rank.rank) for low_rank in low_ranks] + [0] * (4 - len(low_ranks))
+        sizes = [self._wide] * 3 + self._ranks[: len(low_ranks)]
         matrices = [unpack(linear.packed, self._width) for linear in wide]
-        matrices += [_plain(low_rank.down, low_rank.rank) for low_rank in narrow]
+        matrices += [_plain(low_rank.down, low_rank.rank) for low_rank in low_ranks]
         joint = matrices[0].new_zeros(sum(sizes), self._width, dtype=dtype)
         self._up = matrices[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
-        for place, matrix in zip(joint.split(sizes), matrices, strict=True):
+        for place, matrix in zip(torch.split(joint, sizes), matrices, strict=True):
             place[: len(matrix)] = matrix
-        for place, low_rank in zip(self._up.split(self._ranks, dim=1), narrow, strict=False):
+        for place, low_rank in zip(torch.split(self._up, self._ranks, dim=1), low_ranks, strict=False):
             place[:, : low_rank.rank] = _plain(low_rank.up, self._width)
         self._outputs = len(joint)
         self._joint = pack(joint)
-        for linear, panels in zip(wide, self._joint.split([size // PANEL for size in sizes]), strict=False):
+        for linear, panels in zip(wide, torch.split(self._joint, [size // PANEL for size in sizes]), strict=False):
             linear.packed = panels[: triton.cdiv(self._width, PANEL)]
         nothing = joint.new_zeros(self._width, dtype=torch.float32)
-        biases = [low_rank.bias for low_rank in narrow if low_rank is not narrow[2]] + [None]
+        biases = [low_rank.bias for low_rank in low_ranks if low_rank is not low_ranks[2]] + [None]
         self._biases = [nothing if bias is None else bias for bias in biases[:3]]
 
     def __call__(self, mixes: torch.Tensor, **launch: bool) -> Projected:
@@ -196,7 +193,7 @@ class Projections:
         of_matrix = {"C": C, "DECAY": decay, "RATE": rate, "GATE": gate, "DTYPE": TRITON_DTYPES[self._dtype]}
         project_kernel[(self._outputs // tiles.block_o, triton.cdiv(T, tiles.block_t))](
             mixes, self._joint, rkv, hidden, T, WIDE=self._wide, OUTPUTS=self._outputs, **of_matrix,
-            **tiles.options(C, tile_k), **launch,
+            **tiles.options(T, C, tile_k), **launch,
         )  # fmt: skip
         options = raise_options(T, itemsize)
         grid = (triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), 4 if value else 3)
@@ -212,13 +209,11 @@ def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
         return {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     if num_rows <= FEW_ROWS:
         return {"BLOCK_O": 64, "BLOCK_T": max(16, triton.next_power_of_2(num_rows)), "BLOCK_K": 256, "num_warps": 4}
-    if num_rows <= 256:
-        return {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4}
-    return {"BLOCK_O": 128, "BLOCK_T": 128, "BLOCK_K": 64, "num_warps": 8}
+    return {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4}
 
 
 def _padded(size: int) -> int:
-    return triton.cdiv(size, PART) * PART
+    return (size + PART - 1) // PART * PART
 
 
 def _plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:

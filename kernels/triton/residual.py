@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
-from kernels.triton.shift_mix import NUM_WARPS, residual, statistics
+from kernels.triton.shift_mix import FP_FUSION, NUM_WARPS, residual, statistics
 
 GATHER_BLOCK = 1024
 
@@ -66,7 +66,16 @@ def embed(
     out = embedding.new_empty(len(token_ids), C, dtype=torch.float32)
     width = triton.next_power_of_2(C)
     embed_kernel[(len(token_ids),)](
-        token_ids, embedding, ln_weight, ln_bias, out, eps, C=C, WIDTH=width, num_warps=NUM_WARPS
+        token_ids,
+        embedding,
+        ln_weight,
+        ln_bias,
+        out,
+        eps,
+        C=C,
+        WIDTH=width,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=FP_FUSION,
     )
     return out
 
@@ -77,7 +86,19 @@ def gather(x: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, **launch: bo
     out = x.new_empty(len(rows), C)
     block = min(GATHER_BLOCK, triton.next_power_of_2(C))
     grid = (len(rows), triton.cdiv(C, block))
-    gather_kernel[grid](x, sums, rows, out, T, C=C, SPLIT=len(sums), BLOCK=block, num_warps=NUM_WARPS, **launch)
+    gather_kernel[grid](
+        x,
+        sums,
+        rows,
+        out,
+        T,
+        C=C,
+        SPLIT=len(sums),
+        BLOCK=block,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=FP_FUSION,
+        **launch,
+    )
     return out
 
 
@@ -88,5 +109,7 @@ def norm(
     R, C = x.shape
     out = x.new_empty(R, C, dtype=dtype)
     width = triton.next_power_of_2(C)
-    norm_kernel[(R,)](x, ln_weight, ln_bias, out, eps, C=C, WIDTH=width, num_warps=NUM_WARPS, **launch)
+    norm_kernel[(R,)](
+        x, ln_weight, ln_bias, out, eps, C=C, WIDTH=width, num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION, **launch
+    )
     return out

@@ -354,7 +354,9 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows, **launch: bool) -> tor
 
     greatest, sums = new(*of_blocks, dtype=torch.float32), new(*of_blocks, dtype=torch.float64)
     ids, is_broken, num_candidates = (new(*of_blocks, dtype=torch.int32) for _ in range(3))
-    counts, masses = (new(_TABLES.value, *of_blocks, _BOUNDS.value, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    counts, masses = (
+        new(_TABLES.value, *of_blocks, _BOUNDS.value, dtype=dtype) for dtype in (torch.int32, torch.float32)
+    )
     totals = new(*of_blocks, dtype=torch.float32)
     candidates, cutoffs = new(*of_blocks, CANDIDATES, dtype=torch.int32), new(R, dtype=torch.int32)
     token_ids = new(R, dtype=torch.int64)
@@ -364,9 +366,7 @@ def sample_rows(logits: torch.Tensor, rows: SamplingRows, **launch: bool) -> tor
     of_block = {**of_row, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
     stride = logits.stride(0)
     programs = (R, min(num_blocks, max(1, MAX_PROGRAMS // R)))
-    survey_kernel[of_blocks](
-        logits, greatest, ids, is_broken, stride, V=V, BLOCK=BLOCK, num_warps=NUM_WARPS, **launch
-    )
+    survey_kernel[of_blocks](logits, greatest, ids, is_broken, stride, V=V, BLOCK=BLOCK, num_warps=NUM_WARPS, **launch)
     for table in range(_TABLES.value):
         weigh_kernel[programs](logits, *truncation, greatest, *tables, stride, R, num_blocks, TABLE=table, **of_block)
     collect_kernel[programs](

@@ -43,7 +43,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _load_row(pointer, offsets, is_inside):
-    if is_inside is None:
+    if is_inside is None:  # noqa: SIM108  both would be compiled
         row = tl.load(pointer + offsets)
     else:
         row = tl.load(pointer + offsets, mask=is_inside, other=0.0)
@@ -71,9 +71,7 @@ def _keys(k, a, offsets, is_inside, k_k, k_a, channels, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    y, read, key, value, gate, bonus_weight, norm_weight, norm_bias, eps, N: tl.constexpr, AXIS: tl.constexpr
-):
+def _finish(y, read, key, value, gate, bonus_weight, norm_weight, norm_bias, eps, N: tl.constexpr, AXIS: tl.constexpr):
     """Group norm of a head, bonus of the present token, gate."""
     mean = tl.sum(y, axis=AXIS, keep_dims=True) / N
     centred = y - mean
@@ -136,7 +134,7 @@ def _chunks(starts, num_rows, ROWS: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def _tokens_of_chunk(starts, chunk, num_rows, ROWS: tl.constexpr, L: tl.constexpr):
-    """The sequence, first token and end of a chunk, all sequences' chunks counted; a chunk that is not there is empty."""
+    """The sequence, first token and end of a chunk, all sequences' chunks counted; empty if there is no such chunk."""
     counts = _chunks(starts, num_rows, ROWS, L)
     before = tl.cumsum(counts, axis=0)
     row = tl.sum((before <= chunk).to(tl.int32), axis=0)
@@ -222,9 +220,9 @@ def prepare_kernel(
     num_rows, C,
     ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk does to any state S before it; program (chunk, head, which half). All float32:
+    """What a chunk does to any state S before it; program (chunk, head, which half).
 
-    `S_after = S carry + added`, both `[N, N]`, and the read-outs are `reads S^T + found`, both `[L, N]`.
+    `S_after = S carry + added`, both `[N, N]`, and the read-outs are `reads S^T + found`, both `[L, N]`; all float32.
     """
     let_successor_begin()
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -239,7 +237,7 @@ def prepare_kernel(
         part = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
         from_state, from_values = tl.load(by_state + part), tl.load(by_values + part)
         value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
-        kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
+        _kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
         log_w, c = _log_decays(decay, offsets, is_inside)
         if tl.program_id(2) == 0:
             is_until = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]

@@ -82,7 +82,7 @@ def test_how_a_matrix_is_summed_is_no_matter_of_rows() -> None:
     for itemsize in (1, 2, 4):
         plan = linear.plan(2048, 2048, itemsize)
         for num_rows in NUM_ROWS:
-            options = linear.tile(num_rows, itemsize, plan.split).options(2048 // plan.split, plan.tile_k)
+            options = linear.tile(num_rows, itemsize, plan.split).options(num_rows, 2048 // plan.split, plan.tile_k)
             in_flight = options["num_stages"] * options["BLOCK_K"] * (options["BLOCK_O"] + options["BLOCK_T"])
             assert options["BLOCK_K"] % plan.tile_k == 0
             assert in_flight * itemsize <= 227 << 10

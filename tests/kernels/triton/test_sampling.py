@@ -29,7 +29,8 @@ CASES: list[Case] = [
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a row, the last one not full; several blocks a program, and
-    ranges of bits with more tokens than are collected."""
+    ranges of bits with more tokens than are collected.
+    """
     monkeypatch.setattr(sampling, "BLOCK", 128)
     monkeypatch.setattr(sampling, "PIECE", 256)
     monkeypatch.setattr(sampling, "MAX_PROGRAMS", 8)
