@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import kernels
-from kernels import Linear, LowRank, cpu
+from kernels import Linear, LowRank, cpu, triton_operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ class Rwkv7(Protocol):
 
 def runnable(weights: Weights, dtype: torch.dtype) -> Rwkv7:
     """Return the fastest way to run `weights`; activations between their operators have `dtype`, or better."""
-    return cpu.fuse_rwkv7(weights) or OperatorByOperator(weights, dtype)
+    fused = cpu.fuse_rwkv7(weights) or triton_operators.fuse_rwkv7(weights, dtype)
+    return fused or OperatorByOperator(weights, dtype)
 
 
 class OperatorByOperator:

@@ -42,11 +42,15 @@ RWKV7_0_1B = SyntheticShape(
 
 
 def synthetic_weights(
-    shape: SyntheticShape | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    shape: SyntheticShape | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a random model; equal arguments give equal tensors."""
+    """Return the tensors of a random model on `device`; equal arguments give equal tensors."""
     shape = shape or SyntheticShape()
-    draw = _Draw(seed, dtype)
+    draw = _Draw(seed, dtype, torch.device(device))
     C, V = shape.width, shape.vocab_size
     tensors = {"emb.weight": draw.matrix(V, C, scale=math.sqrt(C)), **draw.norm("blocks.0.ln0.", C)}
     for layer in range(shape.num_layers):
@@ -54,9 +58,16 @@ def synthetic_weights(
     return tensors | draw.norm("ln_out.", C) | {"head.weight": draw.matrix(V, C, scale=1.5)}
 
 
-def save_synthetic(path: Path, shape: SyntheticShape | None = None, *, seed: int = 0, dtype: torch.dtype) -> Path:
+def save_synthetic(
+    path: Path,
+    shape: SyntheticShape | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> Path:
     """Write a random model to `path`, whose suffix (.pth or .safetensors) says in which format; returns `path`."""
-    save_weights(path, synthetic_weights(shape, seed=seed, dtype=dtype))
+    save_weights(path, synthetic_weights(shape, seed=seed, dtype=dtype, device=device))
     return path
 
 
@@ -92,18 +103,20 @@ def _block(draw: _Draw, shape: SyntheticShape, layer: int) -> dict[str, torch.Te
 class _Draw:
     """Random tensors from one seed, in the order they are asked for."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        self._random = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._random = torch.Generator(device).manual_seed(seed)
         self._dtype = dtype
+        self._device = device
 
     def matrix(self, out_features: int, in_features: int, scale: float = 1.0) -> torch.Tensor:
         """`[out, in]`, which turns inputs of variance 1 into outputs of variance `scale ** 2`."""
-        values = torch.randn(out_features, in_features, generator=self._random)
+        values = torch.randn(out_features, in_features, generator=self._random, device=self._device)
         return values.mul_(scale / math.sqrt(in_features)).to(self._dtype)
 
     def vector(self, size: int, mean: float, deviation: float) -> torch.Tensor:
         """`[1, 1, size]`, as official files keep their vectors."""
-        return (torch.randn(1, 1, size, generator=self._random) * deviation + mean).to(self._dtype)
+        values = torch.randn(1, 1, size, generator=self._random, device=self._device)
+        return (values * deviation + mean).to(self._dtype)
 
     def norm(self, prefix: str, size: int) -> dict[str, torch.Tensor]:
         """Scale and shift of a normalisation, `[size]` each."""

@@ -9,8 +9,13 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels.rwkv7 import Weights
+    from kernels.triton.fused import FusedRwkv7
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,15 @@ def register() -> str | None:
         binding.impl(name, getattr(operators, name), "CUDA")  # type: ignore[no-untyped-call]
     _bindings.append(binding)
     return NAME
+
+
+def fuse_rwkv7(weights: Weights, dtype: torch.dtype) -> FusedRwkv7 | None:
+    """Return the model of these weights in few launches; None where they are not these kernels' to run."""
+    if not (_bindings and weights.embedding.is_cuda):
+        return None
+    from kernels.triton.fused import FusedRwkv7, can_fuse
+
+    return FusedRwkv7(weights, dtype) if can_fuse(weights, dtype) else None
 
 
 _bindings: list[torch.library.Library] = []  # a binding ends with its object

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
-from kernels.triton import linear, sampling, shift_mix, wkv7
+from kernels.triton import linear, projections, residual, sampling, shift_mix, wkv7
 
 C, F, H, N, V = 2048, 8192, 32, 64, 65536
 
@@ -35,27 +35,39 @@ class Variant:
     constants: Mapping[str, object]
     budget: Budget
     options: Mapping[str, object] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ("T", "eps", "num_rows")  # arguments that need not be multiples of 16
+    unaligned: tuple[str, ...] = ("T", "H", "eps", "num_rows")  # arguments that need not be multiples of 16
 
 
-_FLOATS = dict.fromkeys(["x", "ln_weight", "ln_bias", "shift", "mix", "k_k", "k_a", "r_k", "decay", "state"], "*fp32")
-_HALVES = dict.fromkeys(["r", "k", "v", "a", "gate", "v_first", "value_mix", "out"], "*bf16")
-_INDICES = dict.fromkeys(["slots", "starts", "positions"], "*i64")
-_SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "T": "i32", "num_rows": "i32", "eps": "fp32"}
-_TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS}
+_PARAMETERS = ["ln_weight", "ln_bias", "mix", "k_k", "k_a", "r_k", "decay_bias", "rate_bias", "mix_bias"]
+_OF_CHUNKS = ["by_state", "by_values", "carry", "added", "reads", "found"]
+_FLOATS = dict.fromkeys(
+    ["x", "sums", "x_out", "shift", "decay", "state", "hidden", *_PARAMETERS, *_OF_CHUNKS],
+    "*fp32",
+)
+_HALVES = dict.fromkeys(
+    ["r", "k", "v", "a", "gate", "v_first", "value_mix", "out", "mixes", "weight", "rkv", "others", "embedding"],
+    "*bf16",
+)
+_INDICES = dict.fromkeys(["slots", "starts", "rows", "token_ids"], "*i64")
+_SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "H": "i32", "T": "i32", "num_rows": "i32"}
+_TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS, "eps": "fp32"}
+_RANKS = {"DECAY": 128, "RATE": 128, "GATE": 256}  # padded
+JOINT = 3 * C + 640
 
-_WKV = {"N": N, "HAS_VALUE_MIX": True}
-_WKV_OPTIONS = {"num_warps": wkv7.NUM_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
-_PREFILL = {**_WKV, "L": wkv7.CHUNK_LEN, "PRECISION": wkv7.PRECISION}
-_PARTS = {"C": C, "WIDTH": C, "BLOCK": shift_mix.BLOCK}
-_PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS}
+_STEP = {"N": N, "HAS_VALUE_MIX": True, "IS_MIXED": False}
+_STEP_OPTIONS = {"num_warps": wkv7.STEP_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
+_CHUNK = {"ROWS": 16, "N": N, "L": wkv7.CHUNK_LEN}
+_PARTS = {"SPLIT": 4, "C": C, "WIDTH": C, "BLOCK": 256}
+_SIX, _ONE = {"M": 6, "M_PADDED": 8}, {"M": 1, "M_PADDED": 1}
+_PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS, "enable_fp_fusion": shift_mix.FP_FUSION}
 
 
 def _linear(
     outputs: int, inputs: int, dtype: str, num_rows: int, registers: int, wide: int, cores: str | None, activation: str
 ) -> Variant:
     itemsize = {"fp32": 4, "bf16": 2, "i8": 1}[dtype]
-    plan, tile = linear.plan(outputs, inputs, itemsize), linear.tile(num_rows, itemsize)
+    plan = linear.plan(outputs, inputs, itemsize)
+    tile = linear.tile(num_rows, itemsize, plan.split)
     is_int8 = dtype == "i8"
     has_sums = tile.is_side_by_side and plan.split > 1
     return Variant(
@@ -65,38 +77,101 @@ def _linear(
         {
             "OUTPUTS": outputs,
             "K": inputs,
-            "STRIDE": inputs + (linear.INT8_TAIL if is_int8 else 0),
+            "STRIDE": linear.PANEL * (inputs + (plan.tile_k if is_int8 else 0)),
             "SPLIT": plan.split,
             "IS_SIDE_BY_SIDE": tile.is_side_by_side,
             "DTYPE": tl.float32 if dtype == "fp32" else tl.bfloat16,
             "HAS_SCALE": is_int8,
             "HAS_BIAS": activation != "none",
             "ACTIVATION": activation,
-            "BLOCK_O": tile.block_o,
-            "BLOCK_T": tile.block_t,
-            "BLOCK_K": plan.block_k,
+            **_shape(tile, num_rows, inputs // plan.split, plan.tile_k),
         },
         Budget(registers, wide, cores),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
+def _shape(tile: linear.Tile, num_rows: int, span: int, tile_k: int) -> dict[str, int]:
+    return {name: value for name, value in tile.options(num_rows, span, tile_k).items() if name.isupper()}
+
+
+def _project(num_rows: int, registers: int, cores: str) -> Variant:
+    tile = linear.tile(num_rows, 2)
+    return Variant(
+        projections.project_kernel,
+        _TYPES,
+        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, **_shape(tile, num_rows, C, 64)},
+        Budget(registers, 4, cores),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+
+
+def _raise(num_rows: int, registers: int, cores: str) -> Variant:
+    options = projections.raise_options(num_rows, 2)
+    constants = {"C": C, **_RANKS, "VALUE": 128, "DTYPE": tl.bfloat16}
+    return Variant(
+        projections.raise_kernel,
+        _TYPES,
+        constants | {name: value for name, value in options.items() if name.isupper()},
+        Budget(registers, 4, cores),
+        {name: value for name, value in options.items() if not name.isupper()},
+    )
+
+
+_BLOCK = {"BLOCK": sampling.BLOCK}
+_LIST = {"CANDIDATES": sampling.CANDIDATES}
+_BLOCKS = {**_BLOCK, "NUM_BLOCKS": V // sampling.BLOCK}
+
 VARIANTS: Mapping[str, Variant] = {
-    "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _WKV, Budget(80, 8), _WKV_OPTIONS),
+    "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _STEP, Budget(128, 8), _STEP_OPTIONS),
     "wkv7 step, float16 state": Variant(
-        wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _WKV, Budget(80, 4), _WKV_OPTIONS
+        wkv7.step_kernel, {**_TYPES, "state": "*fp16"}, _STEP, Budget(128, 4), _STEP_OPTIONS
     ),
-    "wkv7 prefill": Variant(wkv7.prefill_kernel, _TYPES, _PREFILL, Budget(255, 8), _WKV_OPTIONS),
+    **{
+        f"wkv7 {name}, {precision}": Variant(
+            kernel, _TYPES, {**_CHUNK, **constants, "PRECISION": precision}, Budget(255, 8), {"num_warps": warps}
+        )
+        for precision, prepare_warps in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+        for name, kernel, constants, warps in (
+            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, wkv7.SOLVE_WARPS),
+            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, prepare_warps),
+            ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS),
+        )
+    },
+    "wkv7 finish": Variant(
+        wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
+    ),
     "shift_mix step, six mixes": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 6}, Budget(40, 30), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(64, 30), _PARTS_OPTIONS
     ),
     "shift_mix step, one mix": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, "M": 1}, Budget(40, 15), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_ONE}, Budget(64, 15), _PARTS_OPTIONS
     ),
     "shift_mix prefill": Variant(
-        shift_mix.prefill_kernel, _TYPES, {**_PARTS, "M": 6, "ROWS": 1024}, Budget(64, 40), _PARTS_OPTIONS
+        shift_mix.prefill_kernel,
+        _TYPES,
+        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024},
+        Budget(80, 40),
+        _PARTS_OPTIONS,
     ),
-    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(40, 10), _PARTS_OPTIONS),
+    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(64, 10), _PARTS_OPTIONS),
+    "embed": Variant(
+        residual.embed_kernel, {**_TYPES, "out": "*fp32"}, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS
+    ),
+    "gather": Variant(
+        residual.gather_kernel,
+        {**_TYPES, "out": "*fp32"},
+        {"C": C, "SPLIT": 4, "BLOCK": residual.GATHER_BLOCK},
+        Budget(48, 4),
+        _PARTS_OPTIONS,
+    ),
+    "norm": Variant(residual.norm_kernel, _TYPES, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS),
+    "project, 1 row": _project(1, 96, "m64n16k16"),
+    "project, 32 rows": _project(32, 96, "m64n32k16"),
+    "project, 256 rows": _project(256, 168, "m64n128k16"),
+    "project, 2048 rows": _project(2048, 224, "m64n128k16"),
+    "raise, 16 rows": _raise(16, 96, "m64n16k16"),
+    "raise, 64 rows": _raise(64, 168, "m64n64k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
     "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
@@ -114,17 +189,46 @@ VARIANTS: Mapping[str, Variant] = {
     "linear, spans added": Variant(
         linear.add_spans_kernel,
         {"sums": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
-        {"OUTPUTS": C, "STRIDE": C, "SPLIT": 4, "HAS_SCALE": False, "HAS_BIAS": True, "ACTIVATION": "tanh"}
+        {
+            "OUTPUTS": C,
+            "K": C,
+            "STRIDE": 64 * C,
+            "TILE_K": 64,
+            "SPLIT": 4,
+            "HAS_SCALE": False,
+            "HAS_BIAS": True,
+            "ACTIVATION": "tanh",
+        }
         | {"BLOCK_O": linear.ADD_BLOCK},
         Budget(32, 4),
         {"num_warps": linear.ADD_WARPS},
     ),
-    "sample": Variant(
-        sampling.sample_kernel,
-        {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
-        | {"uniform": "*fp64", "out": "*i64", "stride": "i64"},
-        {"V": V, "BLOCK": sampling.BLOCK, "NUM_BLOCKS": V // sampling.BLOCK},
-        Budget(56, 5),
-        {"num_warps": sampling.NUM_WARPS},
-    ),
+    **{
+        f"sample, {name}": Variant(
+            kernel,
+            {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
+            | {"uniform": "*fp64", "out": "*i64", "stride": "i64", "greatest": "*fp32", "ids": "*i32"}
+            | {"is_broken": "*i32", "counts": "*i32", "masses": "*fp32", "candidates": "*i32", "cutoffs": "*i32"}
+            | {"sums": "*fp64", "num_blocks": "i32", "num_rows": "i32", "totals": "*fp32", "num_candidates": "*i32"},
+            {"V": V, **constants},
+            Budget(registers, wide),
+            {"num_warps": warps},
+        )
+        for name, kernel, constants, registers, wide, warps in [
+            ("survey", sampling.survey_kernel, _BLOCK, 40, 2, sampling.NUM_WARPS),
+            ("weigh", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 0}, 96, 2, sampling.NUM_WARPS),
+            ("weigh again", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 2}, 112, 2, sampling.NUM_WARPS),
+            ("collect", sampling.collect_kernel, {**_BLOCKS, **_LIST}, 96, 2, sampling.NUM_WARPS),
+            (
+                "cut",
+                sampling.cut_kernel,
+                {**_LIST, "NUM_BLOCKS": V // sampling.BLOCK, "PIECE": sampling.PIECE},
+                128,
+                0,
+                sampling.CUT_WARPS,
+            ),
+            ("add", sampling.add_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
+            ("pick", sampling.pick_kernel, _BLOCKS, 96, 2, sampling.NUM_WARPS),
+        ]
+    },
 }

@@ -15,14 +15,14 @@ from kernels.triton import wkv7 as recurrence
 
 def pack_linear(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """See `kernels.Linear`."""
-    if not products.can_run(weight):
-        return eager.pack_linear(weight, int8)
-    return products.pack_int8(weight) if int8 else weight.contiguous()
+    return products.pack(weight, int8) if products.can_run(weight) else eager.pack_linear(weight, int8)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
     """See `kernels.Linear`."""
-    return products.linear(x, weight) if products.can_run(weight) else eager.linear(x, weight, out_features)
+    if not products.is_packed(weight):
+        return eager.linear(x, weight, out_features)
+    return products.linear(x, weight, out_features)
 
 
 def low_rank(
@@ -37,10 +37,27 @@ def low_rank(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `kernels.LowRank`."""
-    if not (products.can_run(down) and products.can_run(up)):
-        return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
-    hidden = products.linear(x, down, activation=activation, dtype=up.dtype)
-    return products.linear(hidden, up, bias, output_activation, dtype)
+    if not (products.is_packed(down) and products.is_packed(up)):
+        return _low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
+    hidden = products.linear(x, down, rank, activation=activation, dtype=up.dtype)
+    return products.linear(hidden, up, out_features, bias, output_activation, dtype)
+
+
+def _low_rank(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    rank: int,
+    bias: torch.Tensor | None,
+    activation: str,
+    output_activation: str,
+    out_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """PyTorch's, for ranks that are no multiple of 16; the first of the matrices may be packed all the same."""
+    if products.is_packed(down):
+        down = products.unpack(down, rank)
+    return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
 
 
 def shift_mix(
@@ -78,7 +95,7 @@ def wkv7(
     slots: torch.Tensor,
     starts: torch.Tensor,
 ) -> torch.Tensor:
-    """See `kernels.wkv7`; a slot of -1 is a padding row. Chunks are anchored to the first token of the call."""
+    """See `kernels.wkv7`; a slot of -1 is a padding row."""
     per_token = (r, k, v, decay, a, gate, v_first, value_mix)
     run = recurrence.wkv7 if recurrence.can_run(state, r_k.shape[1]) else eager.wkv7
     return run(*per_token, k_k, k_a, r_k, ln_weight, ln_bias, eps, state, slots, starts)

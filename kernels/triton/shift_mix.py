@@ -1,7 +1,9 @@
 """Layer norm, token shift and the mixes of a block in one launch, and a second one where sequences are longer than one.
 
-Several programs share a token: each sums the whole row, which is in cache after the first, and writes its own part of
-the mixes. A token's predecessor is normed again rather than waited for. Sums have one order, whatever the batch.
+The row may still be a residual row and the sums of the projection before: then these are added first, in order, and
+the new residual row is written too. Several programs share a token: each sums the whole row, which is in cache after
+the first, and writes its own part of the mixes. A token's predecessor is normed again rather than waited for. Sums have
+one order, whatever the batch.
 """
 
 from __future__ import annotations
@@ -10,59 +12,98 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton.overlap import let_successor_begin, wait_for_inputs
+
 MAX_WIDTH = 16384  # a program sums a whole row
 NUM_WARPS = 4
-BLOCK = 1024  # channels a program writes
+FP_FUSION = False  # which products and sums become one instruction must not depend on what a program writes
 
 
 @triton.jit
-def _statistics(x, C: tl.constexpr, WIDTH: tl.constexpr, eps):
-    """Mean and reciprocal deviation of the row at `x`; WIDTH is the power of two that holds C."""
+def residual(x, sums, row, columns, is_inside, T, C: tl.constexpr, SPLIT: tl.constexpr):
+    """The part `columns` of a row of the residual stream `x[T, C]`, to which `sums[SPLIT, T, C]` are added in order."""
+    values = tl.load(x + row * C + columns, mask=is_inside, other=0.0)
+    if SPLIT > 0:
+        total = tl.load(sums + row * C + columns, mask=is_inside, other=0.0)
+        for part in tl.static_range(1, SPLIT):
+            total += tl.load(sums + (part * T + row) * C + columns, mask=is_inside, other=0.0)
+        values += total
+    return values
+
+
+@triton.jit
+def statistics(x, sums, row, T, eps, C: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
+    """Mean and reciprocal deviation of a row; WIDTH is the power of two that holds C."""
     columns = tl.arange(0, WIDTH)
-    values = tl.load(x + columns, mask=columns < C, other=0.0)
+    values = residual(x, sums, row, columns, columns < C, T, C, SPLIT)
     mean = tl.sum(values, axis=0) / C
     centred = tl.where(columns < C, values - mean, 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
 
 
 @triton.jit
-def _normed(x, ln_weight, ln_bias, columns, is_inside, eps, C: tl.constexpr, WIDTH: tl.constexpr):
-    """The part `columns` of the layer-normed row at `x`."""
-    mean, scale = _statistics(x, C, WIDTH, eps)
+def _normed(
+    x, sums, row, T, ln_weight, ln_bias, columns, is_inside, eps,
+    C: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The part `columns` of a row, and of the row after layer norm with that part's weights and biases."""
+    mean, scale = statistics(x, sums, row, T, eps, C, WIDTH, SPLIT)
+    values = residual(x, sums, row, columns, is_inside, T, C, SPLIT)
+    return values, (values - mean) * scale * ln_weight + ln_bias
+
+
+@triton.jit
+def _parameters(ln_weight, ln_bias, mix, columns, is_inside, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr):
+    """Weights and biases of the norm, and the mixes `[M, columns]`."""
     weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
     bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
-    return (tl.load(x + columns, mask=is_inside, other=0.0) - mean) * scale * weight + bias
+    m = tl.arange(0, M_PADDED)[:, None]
+    return weight, bias, tl.load(mix + m * C + columns[None, :], mask=(m < M) & is_inside[None, :], other=0.0)
+
+
+@triton.jit
+def _store_mixes(
+    out, h, difference, mixes, row, T, columns, is_inside, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr
+):
+    m = tl.arange(0, M_PADDED)[:, None]
+    to = out + (m * T + row) * C + columns[None, :]
+    mixed = h[None, :] + difference[None, :] * mixes
+    tl.store(to, mixed.to(out.dtype.element_ty), mask=(m < M) & is_inside[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
 def step_kernel(
-    x, ln_weight, ln_bias, shift, mix, slots, out, shift_stride, T, eps,
-    M: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, out, shift_stride, T, eps,
+    SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token a sequence; program (row, part). A row with slot -1 touches no state, and its result is zero."""
+    """One token a sequence; program (row, part). A row with slot -1 touches no state, and its mixes are zero."""
+    let_successor_begin()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
     slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        h = _normed(x + row * C, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH)
-        carried = shift + slot * shift_stride + columns
-        difference = tl.load(carried, mask=is_inside, other=0.0).to(tl.float32) - h
-        tl.store(carried, h.to(shift.dtype.element_ty), mask=is_inside)
-        for m in tl.static_range(M):
-            mixed = h + difference * tl.load(mix + m * C + columns, mask=is_inside, other=0.0)
-            tl.store(out + (m * T + row) * C + columns, mixed.to(out.dtype.element_ty), mask=is_inside)
-    else:
-        for m in tl.static_range(M):
-            tl.store(out + (m * T + row) * C + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=is_inside)
+    is_row = is_inside & (slot >= 0)
+    carried = shift + tl.maximum(slot, 0) * shift_stride + columns
+    before = tl.load(carried, mask=is_row, other=0.0).to(tl.float32)
+    weight, bias, mixes = _parameters(ln_weight, ln_bias, mix, columns, is_inside, M, M_PADDED, C)
+    wait_for_inputs()
+    values, h = _normed(x, sums, row, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    if SPLIT > 0:
+        tl.store(x_out + row * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_inside)
+    h = tl.where(slot >= 0, h, 0.0)
+    tl.store(carried, h.to(shift.dtype.element_ty), mask=is_row)
+    _store_mixes(out, h, before - h, mixes, row, T, columns, is_inside, M, M_PADDED, C)
 
 
 @triton.jit(do_not_specialize=["T", "num_rows"])
 def prefill_kernel(
-    x, ln_weight, ln_bias, shift, mix, slots, starts, out, shift_stride, T, num_rows, eps,
-    M: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, starts, out, shift_stride, T, num_rows, eps,
+    SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Packed sequences; program (token, part). The states are read only: `remember_kernel` writes them afterwards."""
+    let_successor_begin()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
@@ -70,35 +111,45 @@ def prefill_kernel(
     begins = tl.load(starts + rows, mask=rows < num_rows, other=T)
     row = tl.sum((begins <= token).to(tl.int32), axis=0) - 1
     slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        h = _normed(x + token * C, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH)
-        if token == tl.load(starts + row):
-            previous = tl.load(shift + slot * shift_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
-        else:
-            previous = _normed(x + (token - 1) * C, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH)
-        difference = previous - h
-        for m in tl.static_range(M):
-            mixed = h + difference * tl.load(mix + m * C + columns, mask=is_inside, other=0.0)
-            tl.store(out + (m * T + token) * C + columns, mixed.to(out.dtype.element_ty), mask=is_inside)
+    weight, bias, mixes = _parameters(ln_weight, ln_bias, mix, columns, is_inside, M, M_PADDED, C)
+    wait_for_inputs()
+    values, h = _normed(x, sums, token, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    if SPLIT > 0:
+        tl.store(x_out + token * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_inside)
+    if token == tl.load(starts + row):
+        carried = shift + tl.maximum(slot, 0) * shift_stride + columns
+        previous = tl.load(carried, mask=is_inside & (slot >= 0), other=0.0).to(tl.float32)
     else:
-        for m in tl.static_range(M):
-            tl.store(out + (m * T + token) * C + columns, tl.zeros([BLOCK], out.dtype.element_ty), mask=is_inside)
+        _, previous = _normed(x, sums, token - 1, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+    h, previous = tl.where(slot >= 0, h, 0.0), tl.where(slot >= 0, previous, 0.0)
+    _store_mixes(out, h, previous - h, mixes, token, T, columns, is_inside, M, M_PADDED, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def remember_kernel(
-    x, ln_weight, ln_bias, shift, slots, starts, shift_stride, eps,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    x, sums, ln_weight, ln_bias, shift, slots, starts, shift_stride, T, eps,
+    SPLIT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Give each sequence's slot its last normed row; program (sequence, part)."""
+    let_successor_begin()
+    wait_for_inputs()
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
     slot = tl.load(slots + row).to(tl.int64)
     if slot >= 0:
         last = tl.load(starts + row + 1).to(tl.int64) - 1
-        h = _normed(x + last * C, ln_weight, ln_bias, columns, is_inside, eps, C, WIDTH)
+        weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
+        bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
+        _, h = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
         tl.store(shift + slot * shift_stride + columns, h.to(shift.dtype.element_ty), mask=is_inside)
+
+
+def block_for(num_tokens: int, width: int) -> int:
+    """Return how many channels a program writes: fewer where there are too few programs else."""
+    if num_tokens <= 64:
+        return min(256 if num_tokens <= 16 else 512, width)
+    return min(1024, width)
 
 
 def can_run(shift: torch.Tensor) -> bool:
@@ -118,21 +169,43 @@ def shift_mix(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `kernels.shift_mix`; a slot of -1 is a padding row, and `shift` may be float16."""
-    (T, C), M = x.shape, len(mix)
     x = x.float().contiguous()
-    out = x.new_empty(M, T, C, dtype=dtype)
-    width = triton.next_power_of_2(C)
-    block = min(BLOCK, width)
-    parts = triton.cdiv(C, block)
-    sizes = {"C": C, "WIDTH": width, "BLOCK": block, "num_warps": NUM_WARPS}
-    norm = (x, ln_weight, ln_bias, shift)
-    if len(slots) == T:
-        step_kernel[(T, parts)](*norm, mix, slots, out, shift.stride(0), T, eps, M=M, **sizes)
-        return out
-    num_rows = len(slots)
-    prefill_kernel[(T, parts)](
-        *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
-        M=M, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
-    )  # fmt: skip
-    remember_kernel[(num_rows, parts)](*norm, slots, starts, shift.stride(0), eps, **sizes)
+    out, _ = add_and_shift_mix(x, None, ln_weight, ln_bias, eps, shift, mix, slots, starts, dtype)
     return out
+
+
+def add_and_shift_mix(
+    x: torch.Tensor,
+    sums: torch.Tensor | None,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    shift: torch.Tensor,
+    mix: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    dtype: torch.dtype,
+    **launch: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `shift_mix`, of the sum of `x[T, C]` and, in order, `sums[S, T, C]`; return that sum too, or `x` itself."""
+    (T, C), M, num_rows = x.shape, len(mix), len(slots)
+    split = 0 if sums is None else len(sums)
+    addends = (x, x if sums is None else sums)
+    out = x.new_empty(M, T, C, dtype=dtype)
+    x_out = x if sums is None else torch.empty_like(x)
+    width = triton.next_power_of_2(C)
+    block = block_for(T, width)
+    parts = triton.cdiv(C, block)
+    sizes = {"SPLIT": split, "C": C, "WIDTH": width, "BLOCK": block}
+    sizes |= {"num_warps": NUM_WARPS, "enable_fp_fusion": FP_FUSION, **launch}
+    norm = (ln_weight, ln_bias, shift)
+    mixes = {"M": M, "M_PADDED": triton.next_power_of_2(M)}
+    if num_rows == T:
+        step_kernel[(T, parts)](*addends, x_out, *norm, mix, slots, out, shift.stride(0), T, eps, **mixes, **sizes)
+        return out, x_out
+    prefill_kernel[(T, parts)](
+        *addends, x_out, *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
+        **mixes, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
+    )  # fmt: skip
+    remember_kernel[(num_rows, parts)](*addends, *norm, slots, starts, shift.stride(0), T, eps, **sizes)
+    return out, x_out

@@ -1,10 +1,14 @@
-"""Time mixing between its projections: decay, removal, state, group norm, bonus and gate in one launch.
+"""Time mixing between its projections: decay, removal, state, group norm, bonus and gate.
 
-A program owns one head of one sequence, with its whole state `S[N(value), N(key)]` in registers. `step_kernel` advances
-it by one token, `prefill_kernel` by any number. Both do a lone token with the same functions in the same order, so a
-decode is the same in a batch of decodes and beside a prompt. A whole aligned chunk of `CHUNK_LEN` tokens goes through
-the parallel form of `kernels.chunked`; which tokens these are depends on absolute positions only, never on the call:
-prompts cut at multiples of `CHUNK_LEN` therefore give the same bits however often they are cut.
+A sequence of one token takes one launch, in which a program owns one head, with its whole state `S[N(value), N(key)]`
+in registers. Longer ones take four: everything about a chunk that does not need the state before it, for all chunks at
+once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk
+after chunk (`scan_kernel`); and what follows the read-out (`finish_kernel`).
+Chunks are counted from a sequence's first token in the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same
+bits however often it is cut. A lone token is the same in a batch of lone tokens and beside prompts.
+
+Yang, Wang, Shen, Panda, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2024, for
+the chunked form; `kernels.chunked` has the letters used here, and the same with gradients.
 """
 
 from __future__ import annotations
@@ -15,12 +19,20 @@ import torch
 import triton
 import triton.language as tl
 
-HEAD_SIZES = (16, 32, 64, 128)
-CHUNK_LEN = 16  # the cumulative decay of a chunk is above 0.545 ** 16 = 6e-5: harmless in float32
-NUM_WARPS = 8  # with 4 the chunk spills
-PRECISION = "ieee"  # the chunk's products are float32's own
-FP_FUSION = False  # which products and sums become one instruction must not differ between the two kernels
+from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_inputs
 
+HEAD_SIZES = (16, 32, 64, 128)
+CHUNK_LEN = 32  # the cumulative decay of a chunk is above 0.545 ** 32 = 4e-9, and its inverse harmless in float32
+STEP_WARPS, SOLVE_WARPS, SCAN_WARPS, FINISH_WARPS = 2, 4, 4, 4
+SCAN_ROWS = 16  # of a state, which its rows do not share: several programs advance one
+SCAN_STAGES = 3
+# How products of a chunk are made, and warps of `prepare_kernel`. Three tf32 ones are float32 but for its last two
+# bits. Beside inputs of 16 bits one does: it moves results of a bfloat16 model no further than steps instead of chunks.
+OF_FLOAT32 = ("tf32x3", 8)
+OF_16_BITS = ("tf32", 4)
+FP_FUSION = False  # lone tokens: which products and sums become one instruction is the same beside prompts and alone
+
+_SOLVED = tl.constexpr(CHUNK_LEN // 4)  # rows of a block that is solved row by row
 _LOG_DECAY_BOUND = tl.constexpr(-math.exp(-0.5))  # log w = -exp(-0.5) * sigmoid(dw)
 
 
@@ -30,24 +42,28 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _load_row(pointer, offsets):
-    return tl.load(pointer + offsets).to(tl.float32)
+def _load_row(pointer, offsets, is_inside):
+    if is_inside is None:  # noqa: SIM108  both would be compiled
+        row = tl.load(pointer + offsets)
+    else:
+        row = tl.load(pointer + offsets, mask=is_inside, other=0.0)
+    return row.to(tl.float32)
 
 
 @triton.jit
-def _value(v, v_first, value_mix, offsets, HAS_VALUE_MIX: tl.constexpr):
+def _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX: tl.constexpr):
     """The value after the value residual."""
-    value = _load_row(v, offsets)
+    value = _load_row(v, offsets, is_inside)
     if HAS_VALUE_MIX:
-        value += (_load_row(v_first, offsets) - value) * _load_row(value_mix, offsets)
+        value += (_load_row(v_first, offsets, is_inside) - value) * _load_row(value_mix, offsets, is_inside)
     return value
 
 
 @triton.jit
-def _keys(k, a, offsets, k_k, k_a, channels, AXIS: tl.constexpr):
+def _keys(k, a, offsets, is_inside, k_k, k_a, channels, AXIS: tl.constexpr):
     """The removal key of length 1, what it is removed by, and the key as it is written."""
-    key = _load_row(k, offsets)
-    rate = _load_row(a, offsets)
+    key = _load_row(k, offsets, is_inside)
+    rate = _load_row(a, offsets, is_inside)
     kk = key * tl.load(k_k + channels)
     length = tl.sqrt(tl.sum(kk * kk, axis=AXIS, keep_dims=True))
     kk = kk / tl.maximum(length, 1e-12)
@@ -55,136 +71,271 @@ def _keys(k, a, offsets, k_k, k_a, channels, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    y, read, key, value, gate, offsets, r_k, ln_weight, ln_bias, channels, eps, N: tl.constexpr, AXIS: tl.constexpr
-):
+def _finish(y, read, key, value, gate, bonus_weight, norm_weight, norm_bias, eps, N: tl.constexpr, AXIS: tl.constexpr):
     """Group norm of a head, bonus of the present token, gate."""
     mean = tl.sum(y, axis=AXIS, keep_dims=True) / N
     centred = y - mean
     variance = tl.sum(centred * centred, axis=AXIS, keep_dims=True) / N
-    bonus = tl.sum(read * key * tl.load(r_k + channels), axis=AXIS, keep_dims=True) * value
-    normed = centred / tl.sqrt(variance + eps) * tl.load(ln_weight + channels) + tl.load(ln_bias + channels)
-    return (normed + bonus) * _load_row(gate, offsets)
-
-
-@triton.jit
-def _one_token(
-    S, r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, eps, out, offsets, channels,
-    N: tl.constexpr, HAS_VALUE_MIX: tl.constexpr,
-):  # fmt: skip
-    """Advance `S` by the token at `offsets[N]`, write its result, return the new `S`."""
-    read = _load_row(r, offsets)
-    value = _value(v, v_first, value_mix, offsets, HAS_VALUE_MIX)
-    kk, removal, key = _keys(k, a, offsets, k_k, k_a, channels, 0)
-    w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(_load_row(decay, offsets)))
-    removed = tl.sum(S * kk[None, :], axis=1)
-    S = S * w[None, :] - removed[:, None] * removal[None, :] + value[:, None] * key[None, :]
-    y = tl.sum(S * read[None, :], axis=1)
-    y = _finish(y, read, key, value, gate, offsets, r_k, ln_weight, ln_bias, channels, eps, N, 0)
-    tl.store(out + offsets, y.to(out.dtype.element_ty))
-    return S
-
-
-@triton.jit
-def _one_chunk(
-    S, r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, eps, out, offsets, channels,
-    N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """As `_one_token` for the L tokens at `offsets[L, N]`, all at once; the letters are those of `kernels.chunked`."""
-    read = _load_row(r, offsets)
-    value = _value(v, v_first, value_mix, offsets, HAS_VALUE_MIX)
-    kk, removal, key = _keys(k, a, offsets, k_k, k_a, channels[None, :], 1)
-    log_w = _LOG_DECAY_BOUND * _sigmoid(_load_row(decay, offsets))
-    c = tl.cumsum(log_w, axis=0)
-    c_end = tl.sum(log_w, axis=0)
-    a_in, r_in = kk * tl.exp(c - log_w), read * tl.exp(c)
-    b_grown, k_grown = tl.trans(-removal * tl.exp(-c)), tl.trans(key * tl.exp(-c))
-
-    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
-    from_ab = tl.where(rows > columns, tl.dot(a_in, b_grown, input_precision=PRECISION), 0.0)
-    from_ak = tl.where(rows > columns, tl.dot(a_in, k_grown, input_precision=PRECISION), 0.0)
-    from_rb = tl.where(rows >= columns, tl.dot(r_in, b_grown, input_precision=PRECISION), 0.0)
-    from_rk = tl.where(rows >= columns, tl.dot(r_in, k_grown, input_precision=PRECISION), 0.0)
-
-    # What each token finds under its removal key, [L, N(value)]: a unitriangular system, solved row by row.
-    S_in = tl.trans(S)
-    found = tl.dot(a_in, S_in, input_precision=PRECISION)
-    found = tl.dot(from_ak, value, found, input_precision=PRECISION)
-    for i in range(1, L):
-        weights = tl.sum(tl.where(rows == i, from_ab, 0.0), axis=0)
-        found = tl.where(rows == i, found + tl.sum(weights[:, None] * found, axis=0)[None, :], found)
-
-    y = tl.dot(r_in, S_in, input_precision=PRECISION)
-    y = tl.dot(from_rb, found, y, input_precision=PRECISION)
-    y = tl.dot(from_rk, value, y, input_precision=PRECISION)
-    y = _finish(y, read, key, value, gate, offsets, r_k, ln_weight, ln_bias, channels[None, :], eps, N, 1)
-    tl.store(out + offsets, y.to(out.dtype.element_ty))
-
-    to_end = tl.exp(c_end[None, :] - c)
-    S = S * tl.exp(c_end)[None, :]
-    S = tl.dot(tl.trans(found), -removal * to_end, S, input_precision=PRECISION)
-    S = tl.dot(tl.trans(value), key * to_end, S, input_precision=PRECISION)
-    return S
+    bonus = tl.sum(read * key * bonus_weight, axis=AXIS, keep_dims=True) * value
+    return (centred / tl.sqrt(variance + eps) * norm_weight + norm_bias + bonus) * gate
 
 
 @triton.jit
 def step_kernel(
-    r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, state, slots, out,
-    state_stride, C, eps, N: tl.constexpr, HAS_VALUE_MIX: tl.constexpr,
+    r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, state, slots, starts, out,
+    state_stride, C, eps, N: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, IS_MIXED: tl.constexpr,
 ):  # fmt: skip
-    """One token a sequence; program (row, head). A row with slot -1 touches no state, and its result is zero."""
+    """Sequences of one token; program (sequence, head). Slot -1 touches no state, and its result is zero.
+
+    IS_MIXED: other sequences are longer, and not this kernel's.
+    """
+    let_successor_begin()
     row, head = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, N)
     channels = head * N + columns
-    offsets = row * C + channels
+    token = tl.load(starts + row)
+    length = 1
+    if IS_MIXED:
+        length = (tl.load(starts + row + 1) - token).to(tl.int32)
+    offsets = token * C + channels
     slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        tile = state + slot * state_stride + head * N * N + columns[:, None] * N + columns[None, :]
+    tile = state + tl.maximum(slot, 0) * state_stride + head * N * N + columns[:, None] * N + columns[None, :]
+    if (slot >= 0) & (length == 1):
+        # Everything is asked for before anything is needed.
         S = tl.load(tile).to(tl.float32)
-        S = _one_token(
-            S, r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, eps, out, offsets,
-            channels, N, HAS_VALUE_MIX,
-        )  # fmt: skip
+        bonus_weight, norm_weight = tl.load(r_k + channels), tl.load(ln_weight + channels)
+        norm_bias = tl.load(ln_bias + channels)
+        wait_for_inputs()
+        raw_decay, output_gate = _load_row(decay, offsets, None), _load_row(gate, offsets, None)
+        read = _load_row(r, offsets, None)
+        value = _value(v, v_first, value_mix, offsets, None, HAS_VALUE_MIX)
+        kk, removal, key = _keys(k, a, offsets, None, k_k, k_a, channels, 0)
+        w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(raw_decay))
+        removed = tl.sum(S * kk[None, :], axis=1)
+        S = S * w[None, :] - removed[:, None] * removal[None, :] + value[:, None] * key[None, :]
         tl.store(tile, S.to(state.dtype.element_ty))
+        y = tl.sum(S * read[None, :], axis=1)
+        y = _finish(y, read, key, value, output_gate, bonus_weight, norm_weight, norm_bias, eps, N, 0)
+        tl.store(out + offsets, y.to(out.dtype.element_ty))
     else:
-        tl.store(out + offsets, tl.zeros([N], out.dtype.element_ty))
+        wait_for_inputs()
+        if length == 1:
+            tl.store(out + offsets, tl.zeros([N], out.dtype.element_ty))
 
 
 @triton.jit
-def prefill_kernel(
-    r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, state, slots, starts, positions,
-    out, state_stride, C, eps, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Packed sequences; program (sequence, head). `positions` are the absolute ones of the sequences' first tokens."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    columns = tl.arange(0, N)
-    channels = head * N + columns
-    slot = tl.load(slots + row).to(tl.int64)
-    token = tl.load(starts + row).to(tl.int64)
+def _chunks(starts, num_rows, ROWS: tl.constexpr, L: tl.constexpr):
+    """How many chunks each of `ROWS` sequences has; those of one token have none."""
+    rows = tl.arange(0, ROWS)
+    begins = tl.load(starts + rows, mask=rows < num_rows, other=0)
+    ends = tl.load(starts + rows + 1, mask=rows < num_rows, other=0)
+    return tl.where(ends - begins > 1, (ends - begins + L - 1) // L, 0).to(tl.int32)
+
+
+@triton.jit
+def _tokens_of_chunk(starts, chunk, num_rows, ROWS: tl.constexpr, L: tl.constexpr):
+    """The sequence, first token and end of a chunk, all sequences' chunks counted; empty if there is no such chunk."""
+    counts = _chunks(starts, num_rows, ROWS, L)
+    before = tl.cumsum(counts, axis=0)
+    row = tl.sum((before <= chunk).to(tl.int32), axis=0)
+    is_there = row < num_rows
+    row = tl.where(is_there, row, 0)
+    first = tl.sum(tl.where(tl.arange(0, ROWS) < row, counts, 0), axis=0)
     end = tl.load(starts + row + 1).to(tl.int64)
-    if slot >= 0:
-        to_position = tl.load(positions + row).to(tl.int64) - token
-        tile = state + slot * state_stride + head * N * N + columns[:, None] * N + columns[None, :]
+    begin = tl.load(starts + row).to(tl.int64) + (chunk - first) * L
+    return row, begin, tl.where(is_there, tl.minimum(end, begin + L), begin)
+
+
+@triton.jit
+def _joined(inverse, strict, SIZE: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of blocks of SIZE rows on the diagonal to those of blocks twice as large."""
+    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    is_below = (rows // (2 * SIZE) == columns // (2 * SIZE)) & (rows // SIZE != columns // SIZE)
+    below = tl.dot(tl.where(is_below, strict, 0.0), inverse, input_precision=PRECISION)
+    return tl.dot(inverse, below, inverse, input_precision=PRECISION)
+
+
+@triton.jit
+def _inverse(strict, L: tl.constexpr, PRECISION: tl.constexpr):
+    """`(1 - strict)^-1` of a strictly lower triangular matrix: blocks on the diagonal row by row, then pairs of blocks.
+
+    Products of its powers would be fewer steps, and cancel.
+    """
+    rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
+    is_block = rows // _SOLVED == columns // _SOLVED
+    blocks = tl.where(is_block, strict, 0.0)
+    inverse = tl.where(rows == columns, 1.0, 0.0)
+    for i in range(1, _SOLVED):
+        is_row = rows % _SOLVED == i
+        weights = tl.sum(tl.where(is_row, blocks, 0.0), axis=0)
+        new = tl.sum(weights[:, None] * inverse, axis=0)
+        inverse = tl.where(is_row & is_block, inverse + new[None, :], inverse)
+    inverse = _joined(inverse, strict, _SOLVED, L, PRECISION)
+    return _joined(inverse, strict, 2 * _SOLVED, L, PRECISION)
+
+
+@triton.jit
+def _log_decays(decay, offsets, is_inside):
+    """Of each token, and their sums up to it; past the end nothing decays."""
+    log_w = tl.where(is_inside, _LOG_DECAY_BOUND * _sigmoid(_load_row(decay, offsets, is_inside)), 0.0)
+    return log_w, tl.cumsum(log_w, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def solve_kernel(
+    k, v, decay, a, v_first, value_mix, k_k, k_a, starts, by_state, by_values, num_rows, C,
+    ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What each token of a chunk finds under its removal key; program (chunk, head).
+
+    That is `by_state S^T + by_values`, both `[L, N]` float32, for any state S before the chunk.
+    """
+    let_successor_begin()
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    _, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
+    wait_for_inputs()
+    if begin < end:
+        columns = tl.arange(0, N)
+        channels = head * N + columns
+        tokens = begin + tl.arange(0, L)
+        is_inside = (tokens < end)[:, None]
+        offsets = tokens[:, None] * C + channels[None, :]
+        kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
+        log_w, c = _log_decays(decay, offsets, is_inside)
+        a_in = kk * tl.exp(c - log_w)
+        is_before = tl.arange(0, L)[:, None] > tl.arange(0, L)[None, :]
+        from_ab = tl.dot(a_in, tl.trans(-removal * tl.exp(-c)), input_precision=PRECISION)
+        from_ak = tl.dot(a_in, tl.trans(key * tl.exp(-c)), input_precision=PRECISION)
+        inverse = _inverse(tl.where(is_before, from_ab, 0.0), L, PRECISION)
+        at = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
+        tl.store(by_state + at, tl.dot(inverse, a_in, input_precision=PRECISION))
+        value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
+        found = tl.dot(tl.where(is_before, from_ak, 0.0), value, input_precision=PRECISION)
+        tl.store(by_values + at, tl.dot(inverse, found, input_precision=PRECISION))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def prepare_kernel(
+    r, k, v, decay, a, v_first, value_mix, k_k, k_a, starts, by_state, by_values, carry, added, reads, found,
+    num_rows, C,
+    ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a chunk does to any state S before it; program (chunk, head, which half).
+
+    `S_after = S carry + added`, both `[N, N]`, and the read-outs are `reads S^T + found`, both `[L, N]`; all float32.
+    """
+    let_successor_begin()
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    _, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
+    wait_for_inputs()
+    if begin < end:
+        columns = tl.arange(0, N)
+        channels = head * N + columns
+        tokens = begin + tl.arange(0, L)
+        is_inside = (tokens < end)[:, None]
+        offsets = tokens[:, None] * C + channels[None, :]
+        part = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
+        from_state, from_values = tl.load(by_state + part), tl.load(by_values + part)
+        value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
+        _kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
+        log_w, c = _log_decays(decay, offsets, is_inside)
+        if tl.program_id(2) == 0:
+            is_until = tl.arange(0, L)[:, None] >= tl.arange(0, L)[None, :]
+            r_in = _load_row(r, offsets, is_inside) * tl.exp(c)
+            from_rb = tl.dot(r_in, tl.trans(-removal * tl.exp(-c)), input_precision=PRECISION)
+            from_rb = tl.where(is_until, from_rb, 0.0)
+            from_rk = tl.dot(r_in, tl.trans(key * tl.exp(-c)), input_precision=PRECISION)
+            tl.store(reads + part, tl.dot(from_rb, from_state, r_in, input_precision=PRECISION))
+            y = tl.dot(tl.where(is_until, from_rk, 0.0), value, input_precision=PRECISION)
+            tl.store(found + part, tl.dot(from_rb, from_values, y, input_precision=PRECISION))
+        else:
+            c_end = tl.sum(log_w, axis=0)
+            to_end = tl.exp(c_end[None, :] - c)
+            removal = -removal * to_end
+            whole = ((chunk * tl.num_programs(1) + head).to(tl.int64) * N + columns)[:, None] * N + columns[None, :]
+            kept = tl.where(columns[:, None] == columns[None, :], tl.exp(c_end)[None, :], 0.0)
+            tl.store(carry + whole, tl.dot(tl.trans(from_state), removal, kept, input_precision=PRECISION))
+            S = tl.dot(tl.trans(value), key * to_end, input_precision=PRECISION)
+            tl.store(added + whole, tl.dot(tl.trans(from_values), removal, S, input_precision=PRECISION))
+
+
+@triton.jit
+def _through_chunk(
+    S, carry, added, reads, found, chunk, values, H, N: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Read out a chunk and return the state after it, of the rows `values`; `chunk` counts heads, too."""
+    columns, rows = tl.arange(0, N), tl.arange(0, L)
+    whole = (chunk * N + columns)[:, None] * N + columns[None, :]
+    part = (chunk * N + values)[:, None] * N + columns[None, :]
+    carried = tl.load(carry + whole)
+    new = tl.load(added + part)
+    read = tl.load(reads + (chunk * L + rows)[:, None] * N + columns[None, :])
+    at = found + (chunk * L + rows)[:, None] * N + values[None, :]
+    tl.store(at, tl.dot(read, tl.trans(S), tl.load(at), input_precision=PRECISION))
+    return tl.dot(S, carried, new, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def scan_kernel(
+    carry, added, reads, found, state, slots, starts, state_stride, num_rows, H,
+    ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Advance states through their chunks, and complete `found`; program (sequence, head, rows of the state)."""
+    let_successor_begin()
+    row, head = tl.program_id(0), tl.program_id(1)
+    counts = _chunks(starts, num_rows, ROWS, L)
+    first = tl.sum(tl.where(tl.arange(0, ROWS) < row, counts, 0), axis=0)
+    count = tl.sum(tl.where(tl.arange(0, ROWS) == row, counts, 0), axis=0)
+    slot = tl.load(slots + row).to(tl.int64)
+    wait_for_inputs()
+    if (slot >= 0) & (count > 0):
+        values = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        tile = state + slot * state_stride + head * N * N + values[:, None] * N + tl.arange(0, N)[None, :]
         S = tl.load(tile).to(tl.float32)
-        while token < end:  # not range: Triton 3.6 does not interpret run-time ranges with numpy 2.4
-            if ((token + to_position) % L == 0) & (token + L <= end):
-                S = _one_chunk(
-                    S, r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, eps,
-                    out, (token + tl.arange(0, L))[:, None] * C + channels[None, :], channels,
-                    N, L, HAS_VALUE_MIX, PRECISION,
-                )  # fmt: skip
-                token += L
-            else:
-                S = _one_token(
-                    S, r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, eps,
-                    out, token * C + channels, channels, N, HAS_VALUE_MIX,
-                )  # fmt: skip
-                token += 1
+        if INTERPRETED:  # Triton 3.6 does not interpret run-time ranges with numpy 2.4
+            chunk = first
+            while chunk < first + count:
+                at = (chunk * H + head).to(tl.int64)
+                S = _through_chunk(S, carry, added, reads, found, at, values, H, N, L, PRECISION)
+                chunk += 1
+        else:
+            for chunk in tl.range(first, first + count, num_stages=STAGES):
+                at = (chunk * H + head).to(tl.int64)
+                S = _through_chunk(S, carry, added, reads, found, at, values, H, N, L, PRECISION)
         tl.store(tile, S.to(state.dtype.element_ty))
-    else:
-        while token < end:
-            tl.store(out + token * C + channels, tl.zeros([N], out.dtype.element_ty))
-            token += 1
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def finish_kernel(
+    r, k, v, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, slots, starts, found, out, num_rows, C,
+    eps, ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr,
+):  # fmt: skip
+    """From read-outs to results; program (chunk, head)."""
+    let_successor_begin()
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    row, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
+    slot = tl.load(slots + row)
+    wait_for_inputs()
+    if begin < end:
+        columns = tl.arange(0, N)
+        channels = head * N + columns
+        tokens = begin + tl.arange(0, L)
+        is_inside = (tokens < end)[:, None]
+        offsets = tokens[:, None] * C + channels[None, :]
+        if slot >= 0:
+            at = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N
+            y = tl.load(found + at + columns[None, :])
+            value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
+            _, _, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
+            read = _load_row(r, offsets, is_inside)
+            y = _finish(
+                y, read, key, value, _load_row(gate, offsets, is_inside), tl.load(r_k + channels)[None, :],
+                tl.load(ln_weight + channels)[None, :], tl.load(ln_bias + channels)[None, :], eps, N, 1,
+            )  # fmt: skip
+            tl.store(out + offsets, y.to(out.dtype.element_ty), mask=is_inside)
+        else:
+            tl.store(out + offsets, tl.zeros([L, N], out.dtype.element_ty), mask=is_inside)
 
 
 def can_run(state: torch.Tensor, head_size: int) -> bool:
@@ -211,29 +362,45 @@ def wkv7(
     state: torch.Tensor,
     slots: torch.Tensor,
     starts: torch.Tensor,
-    positions: torch.Tensor | None = None,
+    **launch: bool,
 ) -> torch.Tensor:
-    """See `kernels.wkv7`; a slot of -1 is a padding row, and `state` may be float16.
-
-    `positions[B]` says how many tokens each sequence has consumed before, which is where its chunks are anchored; None
-    counts from the first token of the call.
-    """
-    (H, N), T, C = r_k.shape, *r.shape
-    rows = [x.contiguous() for x in (r, k, v, decay, a, gate)]
+    """See `kernels.wkv7`; a slot of -1 is a padding row, and `state` may be float16. `launch` are Triton's options."""
+    (H, N), T, C, B = r_k.shape, *r.shape, len(slots)
+    r, k, v, decay, a, gate = (x.contiguous() for x in (r, k, v, decay, a, gate))
     has_value_mix = v_first is not None and value_mix is not None
-    rows += [x.contiguous() for x in (v_first, value_mix) if x is not None] if has_value_mix else rows[:2]  # not read
-    out = torch.empty_like(rows[5])
-    parameters = (k_k, k_a, r_k, ln_weight, ln_bias)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": FP_FUSION}
-    if len(slots) == T:
-        step_kernel[(T, H)](
-            *rows, *parameters, state, slots, out, state.stride(0), C, eps, N=N, HAS_VALUE_MIX=has_value_mix, **options
-        )
+    residual = [x.contiguous() for x in (v_first, value_mix) if x is not None] if has_value_mix else [r, k]  # not read
+    out = torch.empty_like(gate)
+    norm = (r_k, ln_weight, ln_bias)
+    step_kernel[(B, H)](
+        r, k, v, decay, a, gate, *residual, k_k, k_a, *norm, state, slots, starts, out, state.stride(0), C, eps,
+        N=N, HAS_VALUE_MIX=has_value_mix, IS_MIXED=B < T,
+        num_warps=STEP_WARPS, enable_fp_fusion=FP_FUSION, **launch,
+    )  # fmt: skip
+    if B == T:
         return out
-    if positions is None:
-        positions = torch.zeros_like(slots)
-    prefill_kernel[(len(slots), H)](
-        *rows, *parameters, state, slots, starts, positions, out, state.stride(0), C, eps,
-        N=N, L=CHUNK_LEN, HAS_VALUE_MIX=has_value_mix, PRECISION=PRECISION, **options,
+    num_chunks = T // CHUNK_LEN + min(B, T - B)  # or fewer: a sequence of one token has none
+    carry, added = (r.new_empty(num_chunks, H, N, N, dtype=torch.float32) for _ in range(2))
+    by_state, by_values, reads, found = (
+        r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(4)
+    )
+    precision, prepare_warps = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
+    sizes = {"ROWS": max(16, triton.next_power_of_2(B)), "N": N, "L": CHUNK_LEN}
+    products = {**sizes, "PRECISION": precision}
+    solve_kernel[(num_chunks, H)](
+        k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, B, C,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=SOLVE_WARPS, **launch,
+    )  # fmt: skip
+    prepare_kernel[(num_chunks, H, 2)](
+        r, k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, carry, added, reads, found, B, C,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=prepare_warps, **launch,
+    )  # fmt: skip
+    block = min(SCAN_ROWS, N)
+    scan_kernel[(B, H, N // block)](
+        carry, added, reads, found, state, slots, starts, state.stride(0), B, H,
+        BLOCK=block, STAGES=SCAN_STAGES, **products, num_warps=SCAN_WARPS, **launch,
+    )  # fmt: skip
+    finish_kernel[(num_chunks, H)](
+        r, k, v, a, gate, *residual, k_k, k_a, *norm, slots, starts, found, out, B, C, eps,
+        HAS_VALUE_MIX=has_value_mix, **sizes, num_warps=FINISH_WARPS, **launch,
     )  # fmt: skip
     return out

@@ -15,9 +15,18 @@ def matrix(random: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) 
     outputs, K = shape
     weight = torch.randn(outputs, K, generator=random) / K**0.5
     if dtype == torch.int8:
-        packed = linear.pack_int8(weight)
-        return packed, packed[:, :K].double() * packed[:, K : K + 4].view(torch.float32).double()
-    return weight.to(dtype), weight.to(dtype).double()
+        packed = linear.pack(weight, int8=True)
+        values = packed[:, :-1].transpose(1, 2).reshape(-1, K)[:outputs]
+        scales = packed[:, -1, :, :4].contiguous().view(torch.float32).reshape(-1, 1)[:outputs]
+        return packed, values.double() * scales.double()
+    return linear.pack(weight.to(dtype)), weight.to(dtype).double()
+
+
+@pytest.mark.parametrize("shape", [(200, 512), (64, 96), (3, 48)], ids="{0[0]} x {0[1]}".format)
+def test_packing_loses_nothing(random: torch.Generator, shape: tuple[int, int]) -> None:
+    """Back and forth."""
+    weight = torch.randn(shape, generator=random)
+    assert torch.equal(linear.unpack(linear.pack(weight), shape[0]), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
@@ -30,7 +39,7 @@ def test_products_equal_float64(
     weight, exact = matrix(random, shape, dtype)
     x = torch.randn(num_rows, shape[1], generator=random).to(torch.bfloat16 if dtype == torch.int8 else dtype)
     bias = torch.randn(shape[0], generator=random)
-    result = linear.linear(x.to(device), weight.to(device), bias.to(device), dtype=torch.float32)
+    result = linear.linear(x.to(device), weight.to(device), shape[0], bias.to(device), dtype=torch.float32)
     expected = x.double() @ exact.T + bias.double()
     torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
@@ -49,7 +58,7 @@ def test_activations(random: torch.Generator, device: torch.device, activation: 
     """Applied once, to the whole sum and its bias."""
     weight, exact = matrix(random, (48, inputs), torch.float32)
     x, bias = torch.randn(3, inputs, generator=random), torch.randn(48, generator=random)
-    result = linear.linear(x.to(device), weight.to(device), bias.to(device), activation)
+    result = linear.linear(x.to(device), weight.to(device), 48, bias.to(device), activation)
     expected = formula(x.double() @ exact.T + bias.double())
     torch.testing.assert_close(result.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
@@ -62,31 +71,18 @@ def test_a_row_is_the_same_in_every_batch(random: torch.Generator, device: torch
     assert linear.plan(64, 512, weight.element_size()).split > 1
     x = torch.randn(max(NUM_ROWS), 512, generator=random).to(torch.float16).to(device)
     weight = weight.to(device)
-    most = linear.linear(x, weight, dtype=torch.float32)
+    most = linear.linear(x, weight, 64, dtype=torch.float32)
     for num_rows in NUM_ROWS:
-        assert torch.equal(linear.linear(x[:num_rows], weight, dtype=torch.float32), most[:num_rows]), num_rows
-    assert torch.equal(linear.linear(x[200:202], weight, dtype=torch.float32), most[200:202])
+        assert torch.equal(linear.linear(x[:num_rows], weight, 64, dtype=torch.float32), most[:num_rows]), num_rows
+    assert torch.equal(linear.linear(x[200:202], weight, 64, dtype=torch.float32), most[200:202])
 
 
 def test_how_a_matrix_is_summed_is_no_matter_of_rows() -> None:
     """Whatever the tile, it leaves the order of sums alone: only the plan says that, and it knows no rows."""
     for itemsize in (1, 2, 4):
-        block_k = linear.plan(2048, 2048, itemsize).block_k
+        plan = linear.plan(2048, 2048, itemsize)
         for num_rows in NUM_ROWS:
-            tile = linear.tile(num_rows, itemsize)
-            assert tile.block_t in (16, 32, 64, 128)
-            assert tile.num_stages * block_k * (tile.block_o + tile.block_t) * itemsize <= 227 << 10
-
-
-@pytest.mark.parametrize("shape", [(64, 2048), (2048, 2048), (4096, 4096), (2560, 2560), (768, 3072), (65536, 768)])
-def test_plans_cover_the_matrix(shape: tuple[int, int]) -> None:
-    """Spans are whole blocks of K."""
-    plan = linear.plan(*shape, 2)
-    assert shape[1] % (plan.split * plan.block_k) == 0
-
-
-def test_odd_widths_are_refused_by_name() -> None:
-    """The kernels take whole 16-byte pieces."""
-    assert not linear.can_run(torch.empty(8, 40))
-    with pytest.raises(ValueError, match="in_features must be a multiple of 16, not 40"):
-        linear.plan(8, 40, 2)
+            options = linear.tile(num_rows, itemsize, plan.split).options(num_rows, 2048 // plan.split, plan.tile_k)
+            in_flight = options["num_stages"] * options["BLOCK_K"] * (options["BLOCK_O"] + options["BLOCK_T"])
+            assert options["BLOCK_K"] % plan.tile_k == 0
+            assert in_flight * itemsize <= 227 << 10

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ operators = pytest.importorskip(
     "kernels.triton.operators", reason="Triton is not installed: pip install sostenuto[cuda]"
 )
 
+fused = pytest.importorskip("kernels.triton.fused", reason="Triton is not installed: pip install sostenuto[cuda]")
+
+if TYPE_CHECKING:
+    from kernels.rwkv7 import Weights
+    from kernels.triton.fused import FusedRwkv7
+
 V = 50
 
 
@@ -35,10 +42,21 @@ def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_ops", SimpleNamespace(relu_squared=others.relu_squared, **ours))
 
 
+def fused_or_none(weights: Weights, dtype: torch.dtype) -> FusedRwkv7 | None:
+    """As `kernels.triton.fuse_rwkv7`, on any device."""
+    assert fused.can_fuse(weights, dtype)
+    return fused.FusedRwkv7(weights, dtype)
+
+
 @pytest.mark.usefixtures("_on_triton")
-def test_a_model_equals_the_formulas(tmp_path: Path, device: torch.device) -> None:
+@pytest.mark.parametrize("is_fused", [False, True], ids=["operator by operator", "fused"])
+def test_a_model_equals_the_formulas(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, is_fused: bool
+) -> None:
     """A prompt, a decode beside a padding row: logits and states against float64, in float32."""
-    shape = SyntheticShape(num_layers=2, width=32, head_size=16, vocab_size=V)
+    monkeypatch.setattr(kernels.cpu, "fuse_rwkv7", lambda _: None)
+    monkeypatch.setattr(kernels.triton_operators, "fuse_rwkv7", fused_or_none if is_fused else lambda *_: None)
+    shape = SyntheticShape(num_layers=2, width=32, head_size=16, vocab_size=V, value_rank=16, gate_rank=32)
     path = save_synthetic(tmp_path / "m.safetensors", shape, seed=3, dtype=torch.float32)
     token_ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(1)).tolist()
     expected, state = reference_run(open_weights(path), token_ids)

@@ -28,8 +28,13 @@ CASES: list[Case] = [
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks a row, the last one not full."""
+    """Several blocks a row, the last one not full; several blocks a program, and
+    ranges of bits with more tokens than are collected.
+    """
     monkeypatch.setattr(sampling, "BLOCK", 128)
+    monkeypatch.setattr(sampling, "PIECE", 256)
+    monkeypatch.setattr(sampling, "MAX_PROGRAMS", 8)
+    monkeypatch.setattr(sampling, "CANDIDATES", 16)
 
 
 def draw(logits: torch.Tensor, cases: list[Case], uniforms: list[float], device: torch.device) -> list[int]:

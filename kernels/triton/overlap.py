@@ -1,0 +1,31 @@
+"""How a kernel overlaps with the one before it: programmatic dependent launch.
+
+A kernel launched with `launch_pdl` begins while its predecessor still runs, once all of that one's programs have. What
+it reads before `wait_for_inputs` must therefore be older than its predecessor: weights, and states and indices that
+were there before the first kernel of the step. Everything after it sees all that came before. Launched without, both
+calls do nothing. NVIDIA, PTX ISA, "griddepcontrol".
+
+Asking for weights before the wait was tried (`cp.async.bulk.prefetch.L2`): slower, the asking delays the reading.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def let_successor_begin():
+    """Allow the next kernel to begin."""
+    if not INTERPRETED:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs():
+    """Return when everything before this kernel is done and can be read."""
+    if not INTERPRETED:
+        gdc_wait()

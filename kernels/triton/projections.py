@@ -1,0 +1,221 @@
+"""All projections of a time mixing: what reads the mixes in one launch, low-rank products' second halves in another.
+
+The first matrix is `[receptance; key; value; decay; rate; gate; value mix]`, the low-rank ones being their `down`s.
+Each part begins at a multiple of `PART`, so that a program's outputs belong to one of them. The second is the `up`s
+side by side along the inputs, padded alike. Sums have one order for each output, whatever the batch (`linear.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import Linear, LowRank
+from kernels.triton.linear import (
+    PANEL,
+    TRITON_DTYPES,
+    add_bias,
+    as_operand,
+    is_packed,
+    pack,
+    plan,
+    tile,
+    unpack,
+    weighted_sums,
+    weights_at,
+)
+from kernels.triton.overlap import let_successor_begin, wait_for_inputs
+
+PART = 2 * PANEL  # a part of the first matrix begins at a multiple of it
+FEW_ROWS = 32
+
+_PANEL = tl.constexpr(PANEL)
+
+
+@triton.jit(do_not_specialize=["T"])
+def project_kernel(
+    mixes, weight, rkv, hidden, T,
+    C: tl.constexpr, WIDE: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr,
+    OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, TILE_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY, RATE, GATE are ranks.
+
+    Writes `rkv[3, T, C]`, and `hidden[T, OUTPUTS - 3 WIDE]` float32 after its activations.
+    """
+    let_successor_begin()
+    first = tl.program_id(0) * BLOCK_O
+    o = first + tl.arange(0, BLOCK_O)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    narrow = first - 3 * WIDE
+    is_decay = (narrow >= 0) & (narrow < DECAY)
+    is_rate = (narrow >= DECAY) & (narrow < DECAY + RATE)
+    is_gate = (narrow >= DECAY + RATE) & (narrow < DECAY + RATE + GATE)
+    plane = tl.where(first < WIDE, 0, tl.where(first < 2 * WIDE, 2, 3))
+    plane = tl.where(is_decay, 1, tl.where(is_rate, 4, tl.where(is_gate, 5, plane)))
+    weights = weight + weights_at(o, k, C * _PANEL, TILE_K)
+    rows = mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0))[:, None] * C + k[None, :]
+    wait_for_inputs()
+    total = weighted_sums(weights, rows, C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE)
+    if narrow < 0:
+        part = first // WIDE
+        channel = o - part * WIDE
+        is_inside = (channel < C)[:, None] & (t < T)[None, :]
+        tl.store(rkv + (part * T + t)[None, :] * C + channel[:, None], total.to(rkv.dtype.element_ty), mask=is_inside)
+    else:
+        if is_decay:
+            total = 2.0 / (1.0 + tl.exp(-2.0 * total)) - 1.0
+        if is_gate:
+            total = 1.0 / (1.0 + tl.exp(-total))
+        to = hidden + t[None, :] * (OUTPUTS - 3 * WIDE) + (narrow + tl.arange(0, BLOCK_O))[:, None]
+        tl.store(to, total, mask=(t < T)[None, :])
+
+
+@triton.jit
+def raised(
+    weights, rows, RANK: tl.constexpr, DTYPE: tl.constexpr, IS_EXACT: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A low-rank product, `[BLOCK_O, BLOCK_T]`. Where exact, what float32 inputs lose by rounding is added at the end.
+
+    The first weights are asked for before the wait.
+    """
+    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    STEP: tl.constexpr = min(RANK, BLOCK_K)
+    k = tl.arange(0, STEP)[None, :]
+    w = tl.load(weights + k)
+    wait_for_inputs()
+    for is_rest in tl.static_range(2 if IS_EXACT else 1):
+        for begin in tl.static_range(0, RANK, STEP):
+            if STEP < RANK:
+                w = tl.load(weights + begin + k)
+            row = tl.load(rows + begin + k)
+            if is_rest:
+                row -= row.to(DTYPE).to(tl.float32)
+            operand = as_operand(row.to(DTYPE), DTYPE)
+            total = tl.dot(as_operand(w, DTYPE), tl.trans(operand), total, input_precision="ieee")
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def raise_kernel(
+    hidden, weight, decay_bias, rate_bias, mix_bias, decay, others, T,
+    C: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr, VALUE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (outputs, rows, which). Writes `decay[T, C]` float32, and `others[3, T, C]`: rate, gate, value mix."""
+    let_successor_begin()
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    which = tl.program_id(2)
+    RANKS: tl.constexpr = DECAY + RATE + GATE + VALUE
+    is_output = o < C
+    weights = weight + tl.where(is_output, o, 0)[:, None] * RANKS
+    rows = hidden + tl.where(t < T, t, 0)[:, None] * RANKS
+    at = t[None, :] * C + o[:, None]
+    is_inside = is_output[:, None] & (t < T)[None, :]
+    if which == 0:
+        total = raised(weights, rows, DECAY, DTYPE, tl.float32 != DTYPE, BLOCK_O, BLOCK_T, BLOCK_K)
+        total = add_bias(total, tl.load(decay_bias + o, mask=is_output, other=0.0), is_output)
+        tl.store(decay + at, total, mask=is_inside)
+    elif which == 1:
+        total = raised(weights + DECAY, rows + DECAY, RATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        total = add_bias(total, tl.load(rate_bias + o, mask=is_output, other=0.0), is_output)
+        total = 1.0 / (1.0 + tl.exp(-total))
+        tl.store(others + at, total.to(others.dtype.element_ty), mask=is_inside)
+    elif which == 2:
+        BEFORE_GATE: tl.constexpr = DECAY + RATE
+        total = raised(weights + BEFORE_GATE, rows + BEFORE_GATE, GATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        plane = others + tl.cast(T, tl.int64) * C
+        tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
+    elif VALUE > 0:
+        BEFORE_VALUE: tl.constexpr = DECAY + RATE + GATE
+        total = raised(weights + BEFORE_VALUE, rows + BEFORE_VALUE, VALUE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
+        total = add_bias(total, tl.load(mix_bias + o, mask=is_output, other=0.0), is_output)
+        total = 1.0 / (1.0 + tl.exp(-total))
+        plane = others + tl.cast(T, tl.int64) * 2 * C
+        tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What the two launches bring, for T tokens."""
+
+    rkv: torch.Tensor  # [3, T, C]
+    decay: torch.Tensor  # [T, C] float32, before the sigmoid
+    others: torch.Tensor  # [3, T, C]: rate, gate, value mix (not filled in the first layer)
+
+
+class Projections:
+    """The joint matrices of a layer, in `dtype`."""
+
+    def __init__(self, wide: Sequence[Linear], narrow: Sequence[LowRank | None], dtype: torch.dtype) -> None:
+        """Take receptance, key, value; and decay, rate, gate, value mix, the last being None in the first layer.
+
+        The weights of the first three are views of the joint ones from then on.
+        """
+        low_ranks = [low_rank for low_rank in narrow if low_rank is not None]
+        self._dtype = dtype
+        self._width = wide[0].in_features
+        self._wide = _padded(self._width)
+        self._ranks = [_padded(low_rank.rank) for low_rank in low_ranks] + [0] * (4 - len(low_ranks))
+        sizes = [self._wide] * 3 + self._ranks[: len(low_ranks)]
+        matrices = [unpack(linear.packed, self._width) for linear in wide]
+        matrices += [_plain(low_rank.down, low_rank.rank) for low_rank in low_ranks]
+        joint = matrices[0].new_zeros(sum(sizes), self._width, dtype=dtype)
+        self._up = matrices[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
+        for place, matrix in zip(torch.split(joint, sizes), matrices, strict=True):
+            place[: len(matrix)] = matrix
+        for place, low_rank in zip(torch.split(self._up, self._ranks, dim=1), low_ranks, strict=False):
+            place[:, : low_rank.rank] = _plain(low_rank.up, self._width)
+        self._outputs = len(joint)
+        self._joint = pack(joint)
+        for linear, panels in zip(wide, torch.split(self._joint, [size // PANEL for size in sizes]), strict=False):
+            linear.packed = panels[: triton.cdiv(self._width, PANEL)]
+        nothing = joint.new_zeros(self._width, dtype=torch.float32)
+        biases = [low_rank.bias for low_rank in low_ranks if low_rank is not low_ranks[2]] + [None]
+        self._biases = [nothing if bias is None else bias for bias in biases[:3]]
+
+    def __call__(self, mixes: torch.Tensor, **launch: bool) -> Projected:
+        """Return what `mixes[6, T, C]` project to."""
+        _, T, C = mixes.shape
+        decay, rate, gate, value = self._ranks
+        itemsize = mixes.element_size()
+        rkv, others = mixes.new_empty(3, T, C), mixes.new_empty(3, T, C)
+        hidden = mixes.new_empty(T, sum(self._ranks), dtype=torch.float32)
+        raw_decay = mixes.new_empty(T, C, dtype=torch.float32)
+        tiles, tile_k = tile(T, itemsize), plan(self._outputs, C, itemsize, is_whole=True).tile_k
+        of_matrix = {"C": C, "DECAY": decay, "RATE": rate, "GATE": gate, "DTYPE": TRITON_DTYPES[self._dtype]}
+        project_kernel[(self._outputs // tiles.block_o, triton.cdiv(T, tiles.block_t))](
+            mixes, self._joint, rkv, hidden, T, WIDE=self._wide, OUTPUTS=self._outputs, **of_matrix,
+            **tiles.options(T, C, tile_k), **launch,
+        )  # fmt: skip
+        options = raise_options(T, itemsize)
+        grid = (triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), 4 if value else 3)
+        raise_kernel[grid](
+            hidden, self._up, *self._biases, raw_decay, others, T, VALUE=value, **of_matrix, **options, **launch
+        )
+        return Projected(rkv, raw_decay, others)
+
+
+def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
+    """Return who computes what in the second launch; few rows take all inputs of a low-rank product at once."""
+    if itemsize == 4:
+        return {"BLOCK_O": 64, "BLOCK_T": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    if num_rows <= FEW_ROWS:
+        return {"BLOCK_O": 64, "BLOCK_T": max(16, triton.next_power_of_2(num_rows)), "BLOCK_K": 256, "num_warps": 4}
+    return {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4}
+
+
+def _padded(size: int) -> int:
+    return (size + PART - 1) // PART * PART
+
+
+def _plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Return a matrix `[O, K]`, packed or not."""
+    return unpack(weight, out_features) if is_packed(weight) else weight
