@@ -1,4 +1,4 @@
-"""The operators in Triton, for CUDA. Written and compiled without a card: none of it has run on one yet.
+"""The operators in Triton, for CUDA.
 
 Importing this package imports no Triton. `register` hands the operators to PyTorch's dispatcher, which prefers them on
 CUDA from then on. What they cost as compiled, and the budgets they are held to: `python -m kernels.triton.compile`.
