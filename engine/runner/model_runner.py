@@ -6,9 +6,10 @@ Knows a model, a pool and a sampler; not why a chunk is asked for. Everything he
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 
 import kernels
 from engine.config import EngineConfig
@@ -20,7 +21,7 @@ from engine.runner.grammars import Allowed
 from engine.runner.input_batch import InputBatch, targets_of
 from engine.runner.logprobs import report_logprobs
 from engine.runner.penalties import PenaltyCounters
-from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
 from engine.runner.sampler import restrict, sample, truncate
 from engine.state.pool import StatePool
 from engine.state.spec import RecurrentState
@@ -126,9 +127,20 @@ class TorchModelRunner:
         """Return the slot's state in host memory; the slot may be reused at once."""
         return self.pool.save(slot, num_tokens, chain)
 
-    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launch:
+        """Return the step, which runs when its output is asked for."""
+        return _Deferred(lambda: self._step(plan))
+
+    def follow(self, rows: Sequence[int]) -> Launch:
+        """Refuse: no step's output can be waited for while another one runs."""
+        raise ValueError("this runner's steps are read one by one")
+
     def step(self, plan: StepPlan) -> StepOutput:
-        """Consume every chunk, advance its slot in place, sample where asked."""
+        """Launch and wait."""
+        return self.launch(plan).output()
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> StepOutput:
         self._check_slots(plan)
         rows = [self._row(chunk) for chunk in plan.chunks]
         sound = [row for row in rows if row.answer is None]
@@ -250,6 +262,14 @@ class TorchModelRunner:
             target_ids, nums_top = zip(*asked[begin : begin + tile], strict=True)
             logits = self.model.logits(hidden[begin : begin + tile])
             yield from report_logprobs(logits, target_ids, nums_top, self._forbidden_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """Implements `Launch` where a step occupies the thread that asks for it."""
+
+    output: Callable[[], StepOutput]
+    can_be_followed: bool = False
 
 
 def _followed(chunk: Chunk, output: ChunkOutput) -> ChunkOutput:

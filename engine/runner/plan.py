@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.runner.grammars import GrammarMatcher
 from engine.state.spec import RecurrentState, StateSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """The tokens one slot consumes in this step. A decode is a chunk of length one."""
 
     slot: int
@@ -39,8 +40,7 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkOutput:
+class ChunkOutput(msgspec.Struct, frozen=True):
     """What one chunk brought, in the plan's order."""
 
     token_id: int | None = None  # sampled, if asked for
@@ -58,18 +58,40 @@ class StepOutput:
     chunks: Sequence[ChunkOutput]
 
 
+class Launch(Protocol):
+    """A step that was asked of the device."""
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether `ModelRunner.follow` may be called before `output` was."""
+        ...
+
+    def output(self) -> StepOutput:
+        """Wait for the step; raises what went wrong with it as a whole."""
+        ...
+
+
 class ModelRunner(Protocol):
     """The device, seen from the scheduler: numbered slots that hold states, and steps that advance them.
 
-    Called from the engine's one thread.
+    Called from the engine's one thread. What is asked of the device happens in the order in which it is asked for, so a
+    slot may be given to somebody else while steps that name it are still on their way.
     """
 
     spec: StateSpec
     num_slots: int  # the last one is the runner's own, for padding
     vocab_size: int
 
-    def step(self, plan: StepPlan) -> StepOutput:
-        """Consume every chunk, advance its slot in place, sample where asked."""
+    def launch(self, plan: StepPlan) -> Launch:
+        """Have every chunk consumed, its slot advanced in place, and tokens sampled where asked."""
+        ...
+
+    def follow(self, rows: Sequence[int]) -> Launch:
+        """Launch the step after the last one launched, which has not been read and can be followed.
+
+        Of its chunks `rows` go on, in this order, each with the token that it samples there. One that samples a stop
+        token or fails does not go on: its slot keeps the state it has then, and its output here means nothing.
+        """
         ...
 
     def start(self, slot: int) -> None:

@@ -90,6 +90,7 @@ class Sequence:
         self._tape_start = request.source.num_tokens  # tokens of the history before the tape
         self._prompt_start = self._prompt_end = 0  # where the prompt lies on the tape
         self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
+        self._may_overshoot = request.keep_state and bool(request.stop.stop_strings)
         self._gate = OutputGate(vocabulary, request.stop.stop_strings)
 
     @property
@@ -130,13 +131,28 @@ class Sequence:
         return self._may_overshoot and self.phase is Phase.RUNNING and self._gate.num_held == 1 == self.num_pending
 
     @property
+    def is_foreseeable(self) -> bool:
+        """Whether what it does after the step in flight is known but for the token sampled there."""
+        if self.num_pending > 1 or self.borders_to_keep:
+            return False
+        return self.phase is Phase.SETTLING or (
+            self.matcher is None and not self._may_overshoot and self.request.stop.max_tokens > 0
+        )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a foreseeable sequence consumes the token sampled in the step in flight, unless that ends it.
+
+        The last one is consumed only by a state that is kept: it settles.
+        """
+        if self.phase is not Phase.RUNNING:
+            return False
+        return self.request.keep_state or self.num_sampled + 1 < self.request.stop.max_tokens
+
+    @property
     def has_stale_snapshot(self) -> bool:
         """Whether there is a snapshot and nothing is held back any more."""
         return self.snapshot is not None and self._gate.num_held == 0
-
-    @property
-    def _may_overshoot(self) -> bool:
-        return self.request.keep_state and bool(self.request.stop.stop_strings)
 
     def begin(self, origin: Origin) -> None:
         """Lay out the tape, now that the slot has the origin's state."""
@@ -179,10 +195,12 @@ class Sequence:
         start, self.cursor = self.cursor, self.cursor + len(chunk.token_ids)
         if self.phase is Phase.SETTLING:
             return None
-        if self.request.keep_state:
-            prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
-            self.chain = extend_digest(self.chain, prompt_ids)
-        prompt_logprobs = self._prompt_logprobs(start, chunk, output)
+        prompt_logprobs = None
+        if start < self._prompt_end:
+            if self.request.keep_state:
+                prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
+                self.chain = extend_digest(self.chain, prompt_ids)
+            prompt_logprobs = self._prompt_logprobs(start, chunk, output)
         if chunk.sampling is not None:
             if output.token_id is None:
                 assert output.is_complete
@@ -259,15 +277,18 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_reason: int | bytes | None = None,
     ) -> SequenceOutput:
+        request = self.request
         token_ids = [token.token_id for token in delivered]
         self.num_delivered += len(token_ids)
-        if self.request.keep_state:
+        if request.keep_state:
             self.chain = extend_digest(self.chain, token_ids)
+        if finish_reason is None and prompt_logprobs is None and request.sampling.num_logprobs is None:
+            return SequenceOutput(request_id=request.request_id, token_ids=token_ids)
         logprobs = [token.logprobs for token in delivered if token.logprobs is not None]
         return SequenceOutput(
-            request_id=self.request.request_id,
+            request_id=request.request_id,
             token_ids=token_ids,
-            logprobs=logprobs if self.request.sampling.num_logprobs is not None else None,
+            logprobs=logprobs if request.sampling.num_logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,

@@ -187,7 +187,7 @@ def test_a_client_is_greeted_when_the_model_has_run() -> None:
     """Ready means that a step has worked, not that a file was read."""
     with running() as it:
         it.client()
-        assert it.engine.runner.plans[0].num_tokens == 1
+        assert it.engine.runner.plans[0].num_tokens == 2
 
 
 def test_a_model_that_cannot_run_is_never_ready() -> None:

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from msgspec import structs
 
-import kernels
 from engine.messages import SamplingParams
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
-from engine.runner.cuda_graphs import (
-    BUCKETS,
-    PADDING_SLOT,
-    DecodeGraphs,
-    DecodeRow,
-    DecodeStep,
-    bucket_of,
-    buckets_for,
-    consumed_ids,
-)
-from engine.runner.graph_runner import GraphModelRunner, is_plain_decode
-from engine.runner.input_batch import InputBatch
+from engine.runner.cuda_graphs import BUCKETS, DecodeGraphs, DecodeRow, bucket_of, buckets_for
+from engine.runner.graph_runner import is_plain_decode
 from engine.runner.model_runner import TorchModelRunner
 from engine.runner.plan import Chunk, StepPlan
 from engine.state.pool import StatePool
 from engine.weights.synthetic import SyntheticShape, save_synthetic
+from tests.engine.runner.host_graphs import CPU, HostGraphRunner, RunAgain, host_step
 
 V = 100
-CPU = torch.device("cpu")
-
-
-class RunAgain:
-    """Implements `Graphs` without a card: what is recorded runs once now, and again when replayed."""
-
-    def __init__(self) -> None:
-        self.num_recorded = 0
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.num_recorded += 1
-        run()
-        return run
-
-    def mark(self) -> Callable[[], None]:
-        return lambda: None
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +28,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> RWKV7:
     shape = SyntheticShape(num_layers=2, width=32, head_size=8, vocab_size=V)
     path: Path = save_synthetic(tmp_path_factory.mktemp("model") / "m.pth", shape, seed=8, dtype=torch.float32)
     return load_model(path, CPU, "float32")
-
-
-def host_step(model: RWKV7, pool: StatePool) -> DecodeStep:
-    """The step on operators that take no padding: it goes to the scratch slot instead."""
-
-    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        slots, num_rows = fields["slots"], len(fields["slots"])
-        slots = torch.where(slots == PADDING_SLOT, pool.scratch_slot, slots)
-        rows = torch.arange(num_rows + 1)
-        with torch.inference_mode():
-            hidden = model.forward(InputBatch(consumed_ids(fields, last_sampled), slots, rows, rows[:-1]), pool)
-            parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
-            return kernels.sample(model.logits(hidden), *parameters)
-
-    return step
 
 
 def params(i: int) -> SamplingParams:
@@ -149,13 +107,6 @@ def test_every_bucket_is_recorded_once(model: RWKV7) -> None:
     assert recorder.num_recorded == len(graphs.buckets) == 4
 
 
-class HostGraphRunner(GraphModelRunner):
-    """The runner with steps that run again instead of graphs."""
-
-    def _record(self, max_rows: int) -> DecodeGraphs:
-        return DecodeGraphs(host_step(self.model, self.pool), max_rows, CPU, RunAgain())
-
-
 def test_the_runner_replays_what_it_can_and_runs_the_rest(model: RWKV7) -> None:
     """The same outputs and states as without graphs, for prompts, decodes, and decodes that need more than a graph."""
     runners = TorchModelRunner(model, 9), HostGraphRunner(model, 9)
@@ -206,9 +157,8 @@ def test_sampling_that_a_graph_does_not_know_is_no_plain_decode(changes: dict[st
 
 
 def test_chunks_that_are_more_than_a_token_are_no_plain_decode() -> None:
-    """Prompts, chunks that sample nothing, and ids that may not come yet."""
+    """Prompts, and ids that may not come yet."""
     assert not is_plain_decode(Chunk(0, [1, 2], sampling=params(1)))
-    assert not is_plain_decode(Chunk(0, [1]))
     assert not is_plain_decode(Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False))
 
 

@@ -1,0 +1,58 @@
+"""Decode by recorded steps, with the recording left out: on a card it is CUDA's, here a step just runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import kernels
+from engine.models.rwkv7 import RWKV7
+from engine.runner.cuda_graphs import NOTHING_SAMPLED, PADDING_SLOT, DecodeGraphs, DecodeStep, consumed
+from engine.runner.graph_runner import GraphModelRunner
+from engine.runner.input_batch import InputBatch
+from engine.state.pool import StatePool
+
+CPU = torch.device("cpu")
+NOBODY = torch.zeros(0, dtype=torch.int64)
+
+
+class RunAgain:
+    """Implements `Graphs` without a card: what is recorded runs once now, and again when replayed."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run, and let it be run again."""
+        self.num_recorded += 1
+        run()
+        return run
+
+    def mark(self) -> Callable[[], None]:
+        """All is done already."""
+        return lambda: None
+
+
+def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBODY) -> DecodeStep:
+    """The step on operators that take no padding: it goes to the scratch slot instead."""
+
+    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+        token_ids, slots = consumed(fields, last_sampled)
+        is_padding = slots == PADDING_SLOT
+        rows = torch.arange(len(slots) + 1)
+        with torch.inference_mode():
+            batch = InputBatch(token_ids, slots.masked_fill(is_padding, pool.scratch_slot), rows, rows[:-1])
+            logits = model.logits(model.forward(batch, pool))
+            logits.index_fill_(1, forbidden_ids, -torch.inf)
+            parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+            return kernels.sample(logits, *parameters).masked_fill_(is_padding, NOTHING_SAMPLED)
+
+    return step
+
+
+class HostGraphRunner(GraphModelRunner):
+    """The runner with steps that run again instead of graphs."""
+
+    def _record(self, max_rows: int) -> DecodeGraphs:
+        return DecodeGraphs(host_step(self.model, self.pool, self._forbidden_ids), max_rows, CPU, RunAgain())
