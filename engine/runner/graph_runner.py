@@ -55,11 +55,7 @@ class GraphModelRunner(TorchModelRunner):
 
     def _is_row(self, chunk: Chunk) -> bool:
         """Say whether a chunk can be a row of a graph; one with an impossible id is told so elsewhere."""
-        return (
-            is_plain_decode(chunk)
-            and 0 <= chunk.token_ids[0] < self.vocab_size
-            and all(0 <= token_id < self.vocab_size for token_id in chunk.stop_token_ids)
-        )
+        return is_plain_decode(chunk) and self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
 
 
 class GraphLaunch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from msgspec.structs import replace
 
@@ -37,8 +38,7 @@ SMALL_FILE_BYTES = 32 << 20
 BROKEN = "the row became NaN or infinite"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A chunk and what was found out about it before the model runs."""
 
     chunk: Chunk  # what is run of it; it samples only what may be sampled
@@ -170,10 +170,16 @@ class TorchModelRunner:
 
     def _problem(self, chunk: Chunk) -> str | None:
         """Say why the chunk cannot be run, if it cannot."""
+        if self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids) and not _names_more_ids(chunk):
+            return None
         ids = [*chunk.token_ids, *(target for _, target in targets_of(chunk)), *chunk.stop_token_ids]
         ids += chunk.sampling.logit_bias if chunk.sampling else ()
         bad = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         return None if bad is None else f"token id {bad} is not in [0, {self.vocab_size})"
+
+    def _knows(self, ids: Sequence[int]) -> bool:
+        """Say whether all `ids` are the vocabulary's."""
+        return not ids or (min(ids) >= 0 and max(ids) < self.vocab_size)
 
     def _run(self, rows: Sequence[Row]) -> list[ChunkOutput]:
         chunks = [row.chunk for row in rows]
@@ -246,6 +252,8 @@ class TorchModelRunner:
         self, hidden: torch.Tensor, chunks: Sequence[Chunk]
     ) -> list[list[TokenLogprobs | None] | None]:
         """Return what each chunk asked about its targets; `hidden[R, C]` are the rows before them, in order."""
+        if all(chunk.num_prompt_logprobs is None for chunk in chunks):
+            return [None] * len(chunks)
         asked = [(target, chunk.num_prompt_logprobs or 0) for chunk in chunks for _, target in targets_of(chunk)]
         found = self._target_logprobs(hidden, asked)
         reported: list[list[TokenLogprobs | None] | None] = []
@@ -270,6 +278,10 @@ class _Deferred:
 
     output: Callable[[], StepOutput]
     can_be_followed: bool = False
+
+
+def _names_more_ids(chunk: Chunk) -> bool:
+    return chunk.target_ids is not None or (chunk.sampling is not None and bool(chunk.sampling.logit_bias))
 
 
 def _followed(chunk: Chunk, output: ChunkOutput) -> ChunkOutput:

@@ -40,7 +40,7 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
-class ChunkOutput(msgspec.Struct, frozen=True):
+class ChunkOutput(msgspec.Struct, frozen=True, gc=False):
     """What one chunk brought, in the plan's order."""
 
     token_id: int | None = None  # sampled, if asked for

@@ -226,23 +226,22 @@ class Scheduler:
         """Plan the step after the one in flight before its tokens are known: which of its rows go on.
 
         None do where anything else may have to happen in that step: somebody is to be seated, or what a row does next
-        depends on its token. A row that does not go on for what it sampled (a stop token, or none) is the runner's to
-        hold back; that of a sequence that ends otherwise is ignored: nobody wants its state.
+        depends on its token (a prompt that is not at its end does; so nobody was left out for want of room). A row that
+        does not go on for what it sampled, a stop token or none, is the runner's to hold back. The row of a sequence
+        that ends otherwise is ignored: nobody wants its state.
         """
         self._prefixes.advance()
         (rows,) = self._in_flight
         if self._has_arrivals():
             return []
-        going, num_sequences = [], 0
+        going = []
         for index, (sequence, _) in enumerate(rows):
-            if sequence.phase is not Phase.FINISHED:
-                num_sequences += 1
-                if not sequence.is_foreseeable:
-                    return []
-                if sequence.goes_on:
-                    going.append(index)
-        if num_sequences + len(self._loading) < len(self._seated):
-            return []  # the step had no room for somebody
+            if sequence.phase is Phase.FINISHED:
+                continue
+            if (goes_on := sequence.goes_on()) is None:
+                return []
+            if goes_on:
+                going.append(index)
         if going:
             self._in_flight.append([rows[index] for index in going])
         return going
@@ -301,7 +300,6 @@ class Scheduler:
         return rows
 
     def _advance(self, sequence: Sequence, chunk: Chunk, output: ChunkOutput, tokens: StepTokens) -> None:
-        tokens.num_sequences += 1
         if output.failed is not None:
             self._fail(sequence, "numerical_error", output.failed)
             return
@@ -312,9 +310,10 @@ class Scheduler:
         event = sequence.advance(chunk, output)
         if event is not None:
             self._events.append((sequence.client, event))
-        if event is not None and event.finish_reason is not None:
-            self._end(sequence, event.finish_reason)
-        elif sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
+            if event.finish_reason is not None:
+                self._end(sequence, event.finish_reason)
+                return
+        if sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
             self._keep(sequence)
         elif (border := sequence.reach_border()) is not None:
             self._prefixes.keep(sequence, self._runner.save(chunk.slot, border.num_tokens, border.chain))
@@ -585,6 +584,7 @@ class Scheduler:
 
 def _count(tokens: StepTokens, sequence: Sequence, num_tokens: int) -> None:
     """Count what the sequence has consumed, before it takes note of it."""
+    tokens.num_sequences += 1
     if sequence.is_decoding:
         tokens.num_decode += num_tokens
     elif sequence.phase is Phase.SETTLING:

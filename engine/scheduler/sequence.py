@@ -90,6 +90,7 @@ class Sequence:
         self._tape_start = request.source.num_tokens  # tokens of the history before the tape
         self._prompt_start = self._prompt_end = 0  # where the prompt lies on the tape
         self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
+        self._stop = request.stop
         self._may_overshoot = request.keep_state and bool(request.stop.stop_strings)
         self._gate = OutputGate(vocabulary, request.stop.stop_strings)
 
@@ -130,24 +131,22 @@ class Sequence:
         """Whether the next token to be consumed, and only it, is held back, and the state before it may be wanted."""
         return self._may_overshoot and self.phase is Phase.RUNNING and self._gate.num_held == 1 == self.num_pending
 
-    @property
-    def is_foreseeable(self) -> bool:
-        """Whether what it does after the step in flight is known but for the token sampled there."""
-        if self.num_pending > 1 or self.borders_to_keep:
-            return False
-        return self.phase is Phase.SETTLING or (
-            self.matcher is None and not self._may_overshoot and self.request.stop.max_tokens > 0
-        )
+    def goes_on(self) -> bool | None:
+        """Say whether it consumes the token that is sampled in the step in flight, unless that ends it.
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether a foreseeable sequence consumes the token sampled in the step in flight, unless that ends it.
-
-        The last one is consumed only by a state that is kept: it settles.
+        None: that depends on the token, or it has other things to do. The last of `max_tokens` is consumed only where
+        the state is kept: so it settles.
         """
-        if self.phase is not Phase.RUNNING:
+        if len(self.tape) - self.cursor > 1:
+            return None
+        if self.phase is Phase.SETTLING:
             return False
-        return self.request.keep_state or self.num_sampled + 1 < self.request.stop.max_tokens
+        stop = self._stop
+        if self.matcher is not None or self._may_overshoot or not stop.max_tokens:
+            return None
+        if self.num_sampled < stop.min_tokens and stop.stop_token_ids:
+            return None  # they are not sampled yet
+        return self.request.keep_state or self.num_sampled + 1 < stop.max_tokens
 
     @property
     def has_stale_snapshot(self) -> bool:
@@ -171,9 +170,9 @@ class Sequence:
         """Return the next pending tokens as a chunk; one that ends a running sequence's tape samples the next token."""
         assert self.slot is not None
         end = self.cursor + num_tokens
-        samples = self.phase is Phase.RUNNING and end == len(self.tape) and self.request.stop.max_tokens > 0
+        stop = self._stop
+        samples = self.phase is Phase.RUNNING and end == len(self.tape) and stop.max_tokens > 0
         targets = self._prompt_targets(end)
-        stop = self.request.stop
         return Chunk(
             slot=self.slot,
             token_ids=self.tape[self.cursor : end],
@@ -195,12 +194,7 @@ class Sequence:
         start, self.cursor = self.cursor, self.cursor + len(chunk.token_ids)
         if self.phase is Phase.SETTLING:
             return None
-        prompt_logprobs = None
-        if start < self._prompt_end:
-            if self.request.keep_state:
-                prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
-                self.chain = extend_digest(self.chain, prompt_ids)
-            prompt_logprobs = self._prompt_logprobs(start, chunk, output)
+        prompt_logprobs = self._consume_prompt(start, chunk, output) if start < self._prompt_end else None
         if chunk.sampling is not None:
             if output.token_id is None:
                 assert output.is_complete
@@ -224,6 +218,13 @@ class Sequence:
     def rewind(self, cursor: int) -> None:
         """Go back to where `tape[:cursor]` was consumed: the slot has that state again."""
         self.cursor = cursor
+
+    def _consume_prompt(self, start: int, chunk: Chunk, output: ChunkOutput) -> list[TokenLogprobs | None] | None:
+        """Take note of the prompt tokens right of `start` that were consumed; returns what was asked about them."""
+        if self.request.keep_state:
+            prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
+            self.chain = extend_digest(self.chain, prompt_ids)
+        return self._prompt_logprobs(start, chunk, output)
 
     def _prompt_targets(self, end: int) -> list[int | None] | None:
         """Return what follows each pending token up to `end` where that is a prompt token, but not the first."""
@@ -249,8 +250,9 @@ class Sequence:
     ) -> SequenceOutput | None:
         """Take the next token; `is_complete` says that the grammar allows none after it."""
         self.num_sampled += 1
-        may_stop = self.num_sampled > self.request.stop.min_tokens
-        if may_stop and token.token_id in self.request.stop.stop_token_ids:
+        stop = self._stop
+        may_stop = self.num_sampled > stop.min_tokens
+        if may_stop and token.token_id in stop.stop_token_ids:
             output = self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
             return msgspec.structs.replace(output, stop_logprobs=token.logprobs)
         self.tape.append(token.token_id)
@@ -260,7 +262,7 @@ class Sequence:
             return self._output(released + match.remnant, prompt_logprobs, FinishReason.STOP, match.stop_string)
         if is_complete:
             return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.STOP)
-        if self.num_sampled == self.request.stop.max_tokens:
+        if self.num_sampled == stop.max_tokens:
             return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.LENGTH)
         return self._output(released, prompt_logprobs) if released or prompt_logprobs else None
 
@@ -278,7 +280,7 @@ class Sequence:
         stop_reason: int | bytes | None = None,
     ) -> SequenceOutput:
         request = self.request
-        token_ids = [token.token_id for token in delivered]
+        token_ids = [token_id for token_id, _ in delivered]
         self.num_delivered += len(token_ids)
         if request.keep_state:
             self.chain = extend_digest(self.chain, token_ids)

@@ -7,6 +7,7 @@ and a client in another process that reads them. Only the steps themselves are l
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
@@ -115,6 +116,7 @@ def main() -> int:
         path = save_synthetic(Path(directory) / "model.pth", SHAPE, seed=0, dtype=torch.float32)
         model = load_model(path, CPU, "float32")
         config = EngineConfig(model_path=str(path), max_num_seqs=max(options.rows), max_num_batched_tokens=4096)
+        gc.freeze()  # as an engine does that has loaded its model
         runner = FreeRunner(model, 2 * config.max_num_seqs + 1)
         for keep_state in (False, True):
             for num_rows in options.rows:

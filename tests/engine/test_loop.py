@@ -41,6 +41,8 @@ from engine.state.memory_store import MemoryStore
 from tests.engine.stub_engine import READY, StubEngine, chain_of, request_of
 from tests.engine.stub_runner import StubRunner
 
+pytestmark = pytest.mark.usefixtures("runs_ahead")
+
 PATIENCE_MS = 20_000
 ENDLESS = 100_000  # tokens: more than a stub's state can hold, and than any test waits for
 PROMPT = [1, 2, 3]

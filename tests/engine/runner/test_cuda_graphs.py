@@ -14,7 +14,7 @@ from engine.models.rwkv7 import RWKV7
 from engine.runner.cuda_graphs import BUCKETS, DecodeGraphs, DecodeRow, bucket_of, buckets_for
 from engine.runner.graph_runner import is_plain_decode
 from engine.runner.model_runner import TorchModelRunner
-from engine.runner.plan import Chunk, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, StepPlan
 from engine.state.pool import StatePool
 from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.engine.runner.host_graphs import CPU, HostGraphRunner, RunAgain, host_step
@@ -175,3 +175,121 @@ def test_the_smallest_bucket_that_fits_is_taken() -> None:
         bucket_of(1025, BUCKETS)
     with pytest.raises(ValueError, match="needs a row"):
         bucket_of(0, BUCKETS)
+
+
+# -- steps that follow one that nobody has read -----------------------------------------------------------------------
+
+
+def rows_from(slots: list[int], **fields: object) -> list[DecodeRow]:
+    """Return a row for each slot, its first token the slot's number."""
+    return [DecodeRow(slot, params(slot), 0, token_id=slot, **fields) for slot in slots]  # type: ignore[arg-type]
+
+
+def test_steps_that_follow_are_those_of_plain_steps(model: RWKV7) -> None:
+    """Rows that leave and rows that change places keep their sampling, and their numbers go on."""
+    graphs = DecodeGraphs(host_step(model, StatePool(model.config.state_spec, 8, CPU)), 5, CPU, RunAgain())
+    seen: dict[int, list[int]] = {slot: [] for slot in range(1, 6)}
+    slots = [1, 2, 3, 4, 5]
+    launches = [(slots, graphs.launch(rows_from(slots)))]
+    for going in ([0, 1, 2, 3, 4], [4, 2, 0], [0, 1, 2], [1]):
+        slots = [slots[row] for row in going]
+        launches.append((slots, graphs.follow(going)))
+        read_slots, launch = launches[-2]
+        for slot, token_id in zip(read_slots, launch.token_ids(), strict=True):
+            seen[slot].append(token_id)
+    for slot, tokens in seen.items():
+        assert tokens == expected_tokens(model, slot, slot, len(tokens))
+        assert len(tokens) >= 2
+
+
+def test_a_row_that_sampled_a_stop_id_goes_no_further(model: RWKV7) -> None:
+    """Its state is that of the step before, bit for bit, in every later step; its neighbour's goes on."""
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    graphs = DecodeGraphs(host_step(model, pool), 2, CPU, RunAgain())
+    (stop_id,) = expected_tokens(model, 1, 1, 1)
+    stops = tuple(sorted({stop_id, 90, 91, 92, 93, 94, 95, 96}))
+    (neighbour,) = rows_from([2])
+    first = graphs.launch([DecodeRow(1, params(1), 0, token_id=1, stop_token_ids=stops), neighbour])
+    before = pool.save(1, 0, b"")
+    launches = [first, *(graphs.follow([0, 1]) for _ in range(3))]
+    tokens = [launch.token_ids() for launch in launches[2:]]
+    assert [row[0] for row in tokens] == [-1, -1]
+    assert [row[1] for row in tokens] == expected_tokens(model, 2, 2, 4)[2:]
+    assert all(torch.equal(before.tensors[name], pool.save(1, 0, b"").tensors[name]) for name in before.tensors)
+
+
+def test_an_id_that_stops_one_row_stops_no_other(model: RWKV7) -> None:
+    """And what a row stops at is not what its first token came from: only what was sampled is looked at."""
+    graphs = DecodeGraphs(host_step(model, StatePool(model.config.state_spec, 8, CPU)), 2, CPU, RunAgain())
+    (first_of_two,) = expected_tokens(model, 2, 2, 1)
+    graphs.launch(
+        [
+            DecodeRow(1, params(1), 0, token_id=1, stop_token_ids=(1, first_of_two)),
+            DecodeRow(2, params(2), 0, token_id=2),
+        ]
+    )
+    assert graphs.follow([0, 1]).token_ids() == [expected_tokens(model, slot, slot, 2)[1] for slot in (1, 2)]
+
+
+def test_a_slot_can_be_given_away_while_a_row_of_its_last_owner_is_in_flight(model: RWKV7) -> None:
+    """Device order protects the new owner, whether the old row goes on or not."""
+    for stop_token_ids in ((), tuple(expected_tokens(model, 1, 1, 1))):
+        runner = HostGraphRunner(model, 9)
+        runner.start(1)
+        last = Chunk(1, [1], sampling=params(1), stop_token_ids=stop_token_ids)
+        launches = [runner.launch(StepPlan([last])), runner.follow([0])]
+        runner.start(1)
+        owner = runner.launch(StepPlan([Chunk(1, [7], sampling=params(1), position=3)]))
+        for launch in launches:
+            launch.output()
+        (output,) = owner.output().chunks
+        assert [output.token_id] == expected_tokens(model, 1, 7, 1, first_position=3)
+
+
+def test_a_row_that_breaks_goes_no_further(model: RWKV7) -> None:
+    """Both steps report it, and its neighbour goes on."""
+    runner = HostGraphRunner(model, 9)
+    for slot in range(2):
+        runner.start(slot)
+    runner.pool.wkv[1].fill_(torch.nan)
+    first = runner.launch(StepPlan([Chunk(slot, [5], sampling=params(slot), position=1) for slot in range(2)]))
+    second = runner.follow([0, 1])
+    for launch in (first, second):
+        sound, broken = launch.output().chunks
+        assert broken.failed == "the row became NaN or infinite"
+        assert sound.token_id is not None
+    assert second.output().chunks[0].token_id == expected_tokens(model, 0, 5, 2, first_position=1)[1]
+
+
+def test_a_row_with_more_stop_ids_than_fit_is_not_followed(model: RWKV7) -> None:
+    """It is read, like a step that no graph was recorded for."""
+    runner = HostGraphRunner(model, 9)
+    runner.start(0)
+
+    def can_be_followed(**fields: object) -> bool:
+        chunk = Chunk(0, [5], sampling=params(0), **fields)  # type: ignore[arg-type]
+        launch = runner.launch(StepPlan([chunk]))
+        launch.output()
+        return launch.can_be_followed
+
+    assert can_be_followed(stop_token_ids=tuple(range(8)))
+    assert not can_be_followed(stop_token_ids=tuple(range(9)))
+    assert not can_be_followed(stop_token_ids=(1,), may_stop=False)
+    with pytest.raises(ValueError, match="cannot go on"):
+        runner.follow([0])
+
+
+def test_a_row_that_samples_nothing_settles_in_a_graph(model: RWKV7) -> None:
+    """Its state consumes the token, its output has none, and it is not followed."""
+    graph_runner, plain = HostGraphRunner(model, 9), TorchModelRunner(model, 9)
+    for runner in (graph_runner, plain):
+        runner.start(0)
+        runner.start(1)
+        plan = StepPlan([Chunk(0, [5]), Chunk(1, [6], sampling=params(1), position=1)])
+        settled, decoded = runner.launch(plan).output().chunks
+        assert settled == ChunkOutput()
+        assert decoded.token_id is not None
+    assert torch.equal(graph_runner.save(0, 1, b"").tensors["wkv"], plain.save(0, 1, b"").tensors["wkv"])
+    with pytest.raises(ValueError, match="cannot go on"):
+        graph_runner.follow([0])
+    graph_runner.follow([1])

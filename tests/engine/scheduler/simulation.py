@@ -221,14 +221,17 @@ class Simulation:
         for _ in range(10_000):
             if answer_fetches:
                 self.answer_fetches()
-            if self.pipeline.num_in_flight:
-                self.step()
-            if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
+            if self._is_idle(answer_fetches):
                 self.schedule_only()
-                if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
+                if self._is_idle(answer_fetches):
                     return
             self.step()
         raise AssertionError("the scheduler never comes to rest")
+
+    def _is_idle(self, answer_fetches: bool) -> bool:
+        if self.pipeline.num_in_flight or self.scheduler.has_work:
+            return False
+        return not (answer_fetches and (self.fetches or self.writes))
 
     def save_history(self, history: Sequence[int]) -> CheckpointRef:
         """Put the hot state behind `history` into the state store."""

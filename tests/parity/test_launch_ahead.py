@@ -1,0 +1,72 @@
+"""Steps launched before the last one was read: every request has the tokens and the state that it has without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from engine.messages import GenerationRequest, SamplingParams, StateSource, StopRules
+from engine.models.rwkv7 import RWKV7
+from engine.runner.plan import Launch
+from engine.state.memory_store import MemoryStore
+from engine.token_chain import root_digest
+from tests.engine.runner.host_graphs import HostGraphRunner
+from tests.parity.slots import prompt
+from tests.parity.stepped_engine import Engine, Run
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class CountingRunner(HostGraphRunner):
+    """Says how many steps were launched ahead."""
+
+    num_followed = 0
+
+    def follow(self, rows: Sequence[int]) -> Launch:
+        """Count, and follow."""
+        self.num_followed += 1
+        return super().follow(rows)
+
+
+def requests() -> list[GenerationRequest]:
+    """Return more than there are seats, of all lengths, that end in every way."""
+    return [
+        GenerationRequest(
+            request_id=f"{n}",
+            prompt_ids=prompt(1 + 5 * n % 17, seed=n),
+            sampling=SamplingParams(seed=n, temperature=(1.0, 0.0)[n % 5 == 0], top_p=0.95, top_k=(0, 40)[n % 2]),
+            # One token in twenty ends a sequence, or never one, or more than a row of a graph can know.
+            stop=StopRules(
+                max_tokens=(3, 12, 40, 25)[n % 4],
+                stop_token_ids=((), tuple(prompt(7, seed=100 + n)), tuple(range(12)))[(1, 1, 0, 1, 2)[n % 5]],
+            ),
+            source=StateSource(num_tokens=0, chain=root_digest()),
+            keep_state=n % 3 != 0,
+        )
+        for n in range(20)
+    ]
+
+
+def run(engine: Engine) -> list[Run]:
+    """Run all requests, from time to time three at once and from time to time one."""
+    everything = requests()
+    try:
+        return [
+            ended for begin in range(0, 20, 5) for part in (slice(begin, begin + 4), slice(begin + 4, begin + 5))
+            for ended in engine.run(*everything[part])
+        ]  # fmt: skip
+    finally:
+        engine.close()
+
+
+def test_tokens_and_states_are_those_of_steps_read_one_by_one(model: RWKV7) -> None:
+    """Bit for bit; the states of sequences that a stop token ended, too, though a step was on its way."""
+    ahead = Engine(model, MemoryStore(), make_runner=CountingRunner)
+    one_by_one = Engine(model, MemoryStore())
+    runs, expected = run(ahead), run(one_by_one)
+    assert [each.outcome for each in runs] == [each.outcome for each in expected]
+    assert isinstance(ahead.runner, CountingRunner)
+    assert ahead.runner.num_followed > 50
+    stopped = [r for r in runs if r.state and len(r.token_ids) < r.request.stop.max_tokens and r.token_ids]
+    assert len(stopped) >= 3, "no state here was kept after a stop token"
