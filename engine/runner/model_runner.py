@@ -124,7 +124,7 @@ class TorchModelRunner:
         self.pool.copy(source, target)
 
     def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
-        """Return the slot's state in host memory; the slot may be reused at once."""
+        """Return the slot's state, on its way to host memory; the slot may be reused at once."""
         return self.pool.save(slot, num_tokens, chain)
 
     def launch(self, plan: StepPlan) -> Launch:

@@ -111,5 +111,5 @@ class ModelRunner(Protocol):
         ...
 
     def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
-        """Return the slot's state in host memory; the slot may be reused at once."""
+        """Return the slot's state, on its way to host memory; the slot may be reused at once."""
         ...
