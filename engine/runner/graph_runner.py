@@ -48,7 +48,7 @@ class GraphModelRunner(TorchModelRunner):
     def follow(self, rows: Sequence[int]) -> Launch:
         """Launch the step after the last one, rows taking their tokens where that one leaves them."""
         last = self._last
-        if last is None or not last.can_be_followed or not all(last.samples[row] for row in rows):
+        if last is None or not last.can_be_followed or not all([last.samples[row] for row in rows]):
             raise ValueError("the last step's rows cannot go on before it is read")
         self._last = GraphLaunch(self._graphs.follow(rows), [True] * len(rows), can_be_followed=True)
         return self._last

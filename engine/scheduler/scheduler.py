@@ -75,6 +75,16 @@ class StepTokens:
     num_prefill: int = 0
     num_settled: int = 0  # by sequences that have ended for their clients
 
+    def count(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count what the sequence has consumed, before it takes note of it."""
+        self.num_sequences += 1
+        if sequence.is_decoding:
+            self.num_decode += num_tokens
+        elif sequence.phase is Phase.SETTLING:
+            self.num_settled += num_tokens
+        else:
+            self.num_prefill += num_tokens
+
 
 class Scheduler:
     """Takes requests, plans steps, and turns what steps bring into events."""
@@ -306,18 +316,19 @@ class Scheduler:
         if output.grammar_error is not None:
             self._refuse(sequence, InvalidRequest("grammar", output.grammar_error))
             return
-        _count(tokens, sequence, len(chunk.token_ids))
+        tokens.count(sequence, len(chunk.token_ids))
         event = sequence.advance(chunk, output)
         if event is not None:
             self._events.append((sequence.client, event))
             if event.finish_reason is not None:
                 self._end(sequence, event.finish_reason)
                 return
-        if sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
-            self._keep(sequence)
-        elif (border := sequence.reach_border()) is not None:
+        if sequence.phase is Phase.SETTLING:
+            if sequence.num_pending == 0:
+                self._keep(sequence)
+        elif sequence.borders_to_keep and (border := sequence.reach_border()) is not None:
             self._prefixes.keep(sequence, self._runner.save(chunk.slot, border.num_tokens, border.chain))
-        elif sequence.has_stale_snapshot:
+        elif sequence.snapshot is not None and sequence.has_stale_snapshot:
             self._drop_snapshot(sequence)
 
     # -- admission, and the state before the prompt -------------------------------------------------------------------
@@ -580,17 +591,6 @@ class Scheduler:
 
     def _emit(self, sequence: Sequence, event: SequenceEvent) -> None:
         self._events.append((sequence.client, event))
-
-
-def _count(tokens: StepTokens, sequence: Sequence, num_tokens: int) -> None:
-    """Count what the sequence has consumed, before it takes note of it."""
-    tokens.num_sequences += 1
-    if sequence.is_decoding:
-        tokens.num_decode += num_tokens
-    elif sequence.phase is Phase.SETTLING:
-        tokens.num_settled += num_tokens
-    else:
-        tokens.num_prefill += num_tokens
 
 
 def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
+import kernels
 from engine.messages import GenerationRequest, SamplingParams, StateSource, StopRules
+from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
-from engine.runner.plan import Launch
+from engine.runner.graph_runner import GraphModelRunner
+from engine.runner.plan import Launch, StepOutput, StepPlan
 from engine.state.memory_store import MemoryStore
 from engine.token_chain import root_digest
+from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.engine.runner.host_graphs import HostGraphRunner
 from tests.parity.slots import prompt
 from tests.parity.stepped_engine import Engine, Run
@@ -70,3 +77,38 @@ def test_tokens_and_states_are_those_of_steps_read_one_by_one(model: RWKV7) -> N
     assert ahead.runner.num_followed > 50
     stopped = [r for r in runs if r.state and len(r.token_ids) < r.request.stop.max_tokens and r.token_ids]
     assert len(stopped) >= 3, "no state here was kept after a stop token"
+
+
+class OneByOneRunner(GraphModelRunner):
+    """Replays graphs, and lets nobody follow."""
+
+    def launch(self, plan: StepPlan) -> Launch:
+        """Launch, and wait."""
+        output = super().launch(plan).output()
+        return Done(output)
+
+
+@dataclass
+class Done:
+    """A step that is over."""
+
+    result: StepOutput
+    can_be_followed: bool = False
+
+    def output(self) -> StepOutput:
+        """Return what it brought."""
+        return self.result
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_card_gives_the_same_ahead_and_one_by_one(tmp_path: Path) -> None:
+    """Real graphs, real streams; states are saved beside the steps."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert kernels.select_backend(device) != kernels.PYTORCH
+    shape = SyntheticShape(num_layers=3, width=256, head_size=64, vocab_size=131)
+    path = save_synthetic(tmp_path / "m.pth", shape, seed=5, dtype=torch.bfloat16)
+    model = load_model(path, device, "bfloat16")
+    ahead, one_by_one = (
+        run(Engine(model, MemoryStore(), make_runner=make_runner)) for make_runner in (GraphModelRunner, OneByOneRunner)
+    )
+    assert [each.outcome for each in ahead] == [each.outcome for each in one_by_one]
