@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -37,6 +37,7 @@ from engine.messages import (
     decode_event,
     encode,
 )
+from engine.runner.plan import Launch, StepPlan
 from engine.state.memory_store import MemoryStore
 from tests.engine.stub_engine import READY, StubEngine, chain_of, request_of
 from tests.engine.stub_runner import StubRunner
@@ -232,6 +233,39 @@ def test_every_step_is_one_message_to_every_client() -> None:
         steps = [report.step for report in first.reports if report.step is not None]
         assert steps[0].num_prefill_tokens == 3
         assert [step.num_decode_tokens for step in steps[1:6]] == [1] * 5
+
+
+def test_clients_are_told_of_a_step_while_the_next_one_runs() -> None:
+    """What is launched next is on its way before anything is sent; and nothing waits to be sent for want of work."""
+    engine, order = StubEngine(), list[str]()
+
+    class NotedRunner(StubRunner):
+        def launch(self, plan: StepPlan) -> Launch:
+            order.append("launch")
+            return super().launch(plan)
+
+        def follow(self, rows: Sequence[int]) -> Launch:
+            order.append("launch")
+            return super().follow(rows)
+
+    engine.make_runner = NotedRunner
+    context = zmq.Context[zmq.Socket[bytes]]()
+    loop = engine.make_loop(context, "inproc://x")
+    loop._send = lambda client, event: order.append("send")  # type: ignore[method-assign,assignment]
+    loop._clients.add(b"client")
+    loop._scheduler.submit(b"client", request_of("a", max_tokens=3))
+    try:
+        while loop._scheduler.has_work or loop._must_report:
+            loop.step()
+        if NotedRunner.runs_ahead:  # the prompt; a decode and two that follow, of which the last one settles
+            assert order == ["launch", "send", "launch", "launch", "send", "launch", "send", "send", "send"]
+        else:
+            assert order == ["launch", "send"] * 4 + ["send"]
+    finally:
+        loop._socket.close(linger=0)
+        loop._checkpointer.close()
+        loop._doorbell.close()
+        context.destroy(linger=0)
 
 
 def test_an_idle_engine_waits_in_its_socket_and_speaks_once_a_second() -> None:

@@ -22,8 +22,6 @@ from tests.engine.runner.host_graphs import HostGraphRunner
 from tests.parity.slots import prompt
 from tests.parity.stepped_engine import Engine, Run
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 
 class CountingRunner(HostGraphRunner):
     """Says how many steps were launched ahead."""
@@ -67,6 +65,7 @@ def run(engine: Engine) -> list[Run]:
         engine.close()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_tokens_and_states_are_those_of_steps_read_one_by_one(model: RWKV7) -> None:
     """Bit for bit; the states of sequences that a stop token ended, too, though a step was on its way."""
     ahead = Engine(model, MemoryStore(), make_runner=CountingRunner)
