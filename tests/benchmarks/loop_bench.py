@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -105,29 +106,32 @@ def measure(runner: FreeRunner, config: EngineConfig, num_rows: int, num_steps: 
     return [after - before for before, after in itertools.pairwise(moments)]
 
 
+def run(sizes: Sequence[int], num_steps: int) -> dict[str, dict[str, float]]:
+    """Return microseconds a step and a row, by number of rows, without and with states that are kept."""
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
+        path = save_synthetic(Path(directory) / "model.pth", SHAPE, seed=0, dtype=torch.float32)
+        config = EngineConfig(model_path=str(path), max_num_seqs=max(sizes), max_num_batched_tokens=4096)
+        runner = FreeRunner(load_model(path, CPU, "float32"), 2 * config.max_num_seqs + 1)
+        gc.freeze()  # as an engine does that has loaded its model
+        for keep_state in (False, True):
+            for num_rows in sizes:
+                taken = [seconds * 1e6 for seconds in measure(runner, config, num_rows, num_steps, keep_state)]
+                median, best = statistics.median(taken), statistics.quantiles(taken, n=10)[0]
+                figures = {"step_us": median, "row_us": median / num_rows, "row_us_of_best_tenth": best / num_rows}
+                name = f"{num_rows} rows" + (", states kept" if keep_state else "")
+                results[name] = {key: round(value, 2) for key, value in figures.items()}
+                print(f"{name}: {json.dumps(results[name])}", flush=True)
+    return results
+
+
 def main() -> int:
     """Measure, print a line a size, print one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.loop_bench", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 384])
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    results: dict[str, object] = {}
-    with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
-        path = save_synthetic(Path(directory) / "model.pth", SHAPE, seed=0, dtype=torch.float32)
-        model = load_model(path, CPU, "float32")
-        config = EngineConfig(model_path=str(path), max_num_seqs=max(options.rows), max_num_batched_tokens=4096)
-        gc.freeze()  # as an engine does that has loaded its model
-        runner = FreeRunner(model, 2 * config.max_num_seqs + 1)
-        for keep_state in (False, True):
-            for num_rows in options.rows:
-                taken = [seconds * 1e6 for seconds in measure(runner, config, num_rows, options.steps, keep_state)]
-                median, best = statistics.median(taken), statistics.quantiles(taken, n=10)[0]
-                figures = {"step_us": median, "row_us": median / num_rows, "row_us_of_best_tenth": best / num_rows}
-                figures = {key: round(value, 2) for key, value in figures.items()}
-                name = f"{num_rows} rows" + (", states kept" if keep_state else "")
-                results[name] = figures
-                print(f"{name}: {json.dumps(figures)}", flush=True)
-    print(json.dumps(results))
+    print(json.dumps(run(options.rows, options.steps)))
     return 0
 
 

@@ -54,5 +54,6 @@ def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBOD
 class HostGraphRunner(GraphModelRunner):
     """The runner with steps that run again instead of graphs."""
 
+    @torch.inference_mode()  # as on a card: what is made in it may be written in it only
     def _record(self, max_rows: int) -> DecodeGraphs:
         return DecodeGraphs(host_step(self.model, self.pool, self._forbidden_ids), max_rows, CPU, RunAgain())
