@@ -38,8 +38,8 @@ class Pipeline:
         if not self._in_flight and (plan := self._scheduler.schedule()).chunks:
             self._launch(lambda: self._runner.launch(plan))
         may_follow = len(self._in_flight) == 1 and self._in_flight[0][0].can_be_followed
-        if may_follow and (rows := self._scheduler.follow()):
-            self._launch(lambda: self._runner.follow(rows))
+        if may_follow and (following := self._scheduler.follow()) is not None:
+            self._launch(lambda: self._runner.follow(following.rows, following.chunks))
 
     def read(self) -> StepStats | None:
         """Wait for the oldest step and tell the scheduler; None if there was none, or nothing came of it."""

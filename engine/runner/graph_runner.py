@@ -1,4 +1,4 @@
-"""The model runner on a card: steps that only decode are replayed from graphs, all others run as anywhere."""
+"""The model runner on a card: steps of plain rows are replayed from graphs, all others run as anywhere."""
 
 from __future__ import annotations
 
@@ -16,46 +16,66 @@ _GREEDY = SamplingParams(seed=0, temperature=0.0)  # of rows whose token nobody 
 
 
 class GraphModelRunner(TorchModelRunner):
-    """As `TorchModelRunner`, but a step of plain decodes is on its way when `launch` returns, and can be followed."""
+    """As `TorchModelRunner`, but a step of plain chunks is on its way when `launch` returns, and can be followed.
 
-    def __init__(self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = ()) -> None:
+    A plain chunk asks for nothing but a sampled token, or not even that. Steps of up to `max_num_tokens` tokens are
+    recorded, prompts included.
+    """
+
+    def __init__(
+        self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = (), max_num_tokens: int = 512
+    ) -> None:
         super().__init__(model, num_slots, forbidden_ids)
-        self._graphs = self._record(max_rows=max(1, (num_slots - 1) // 2))
+        self._graphs = self._record(max(1, (num_slots - 1) // 2), max_num_tokens)
         self._last: GraphLaunch | None = None
 
     @torch.inference_mode()
-    def _record(self, max_rows: int) -> DecodeGraphs:
+    def _record(self, max_rows: int, max_tokens: int) -> DecodeGraphs:
         step = triton_step(self.model, self.pool, self._forbidden_ids)
-        return DecodeGraphs(step, max_rows, self.model.device, CudaGraphs())
+        return DecodeGraphs(step, max_rows, self.model.device, CudaGraphs(), max_tokens)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launch:
         """Replay the plan from a graph, if there is one for it; else it runs when its output is asked for."""
-        chunks = plan.chunks
-        if not 0 < len(chunks) <= self._graphs.max_rows or not all(map(self._is_row, chunks)):
+        if not self._has_graph(0, plan.chunks):
             self._last = None
             return super().launch(plan)
         self._check_slots(plan)
-        launched = self._graphs.launch([_decode_row(chunk) for chunk in chunks])
+        return self._launched(self._graphs.launch([_row(chunk) for chunk in plan.chunks]), 0, plan.chunks)
+
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Say whether the last step can be followed, and there is a graph for its rows and the chunks together."""
+        last = self._last
+        if last is None or not last.can_be_followed or not all([last.samples[row] for row in rows]):
+            return False
+        return self._has_graph(len(rows), chunks)
+
+    @torch.inference_mode()
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Launch the step after the last one, rows taking their tokens where that one leaves them."""
+        if not self.can_follow(rows, chunks):
+            raise ValueError("the last step's rows cannot go on before it is read")
+        self._check_slots(StepPlan(chunks))
+        return self._launched(self._graphs.follow(rows, [_row(chunk) for chunk in chunks]), len(rows), chunks)
+
+    def _launched(self, launched: DecodeLaunch, num_going: int, chunks: Sequence[Chunk]) -> Launch:
+        """Take note of a step that consumes the tokens of so many rows of the last one, and of `chunks`."""
         for chunk in chunks:
             if chunk.sampling is None:  # a piece of a prompt: what samples it may yet be penalised for it
                 self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
-        can_be_followed = all(len(chunk.stop_token_ids) <= MAX_STOP_IDS for chunk in chunks)
-        self._last = GraphLaunch(launched, [chunk.sampling is not None for chunk in chunks], can_be_followed)
+        samples = [True] * num_going + [chunk.sampling is not None for chunk in chunks]
+        can_be_followed = all([len(chunk.stop_token_ids) <= MAX_STOP_IDS for chunk in chunks])
+        self._last = GraphLaunch(launched, samples, can_be_followed)
         return self._last
 
-    @torch.inference_mode()
-    def follow(self, rows: Sequence[int]) -> Launch:
-        """Launch the step after the last one, rows taking their tokens where that one leaves them."""
-        last = self._last
-        if last is None or not last.can_be_followed or not all([last.samples[row] for row in rows]):
-            raise ValueError("the last step's rows cannot go on before it is read")
-        self._last = GraphLaunch(self._graphs.follow(rows), [True] * len(rows), can_be_followed=True)
-        return self._last
+    def _has_graph(self, num_going: int, chunks: Sequence[Chunk]) -> bool:
+        num_tokens = num_going + sum([len(chunk.token_ids) for chunk in chunks])
+        has_size = self._graphs.size_of(num_tokens, num_going + len(chunks)) is not None
+        return has_size and all(map(self._is_row, chunks))
 
     def _is_row(self, chunk: Chunk) -> bool:
         """Say whether a chunk can be a row of a graph; one with an impossible id is told so elsewhere."""
-        return is_plain_decode(chunk) and self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
+        return is_plain(chunk) and self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
 
 
 class GraphLaunch:
@@ -76,9 +96,9 @@ class GraphLaunch:
         )
 
 
-def is_plain_decode(chunk: Chunk) -> bool:
-    """Say whether a chunk is one token and its sampling nothing but temperature, top-k, top-p and min-p, or nothing."""
-    if len(chunk.token_ids) != 1 or chunk.num_prompt_logprobs is not None or chunk.matcher is not None:
+def is_plain(chunk: Chunk) -> bool:
+    """Say whether a chunk asks for a token by temperature, top-k, top-p and min-p, or for none, and nothing else."""
+    if not chunk.token_ids or chunk.num_prompt_logprobs is not None or chunk.matcher is not None:
         return False
     p = chunk.sampling
     return p is None or (
@@ -92,8 +112,12 @@ def is_plain_decode(chunk: Chunk) -> bool:
     )
 
 
-def _decode_row(chunk: Chunk) -> DecodeRow:
-    stop_token_ids = tuple(chunk.stop_token_ids)
+def _row(chunk: Chunk) -> DecodeRow:
     return DecodeRow(
-        chunk.slot, chunk.sampling or _GREEDY, chunk.position, chunk.token_ids[0], stop_token_ids=stop_token_ids
+        chunk.slot,
+        chunk.sampling or _GREEDY,
+        chunk.position,
+        chunk.token_ids[-1],
+        earlier_ids=chunk.token_ids[:-1],
+        stop_token_ids=tuple(chunk.stop_token_ids),
     )

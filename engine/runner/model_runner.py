@@ -82,7 +82,7 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the thread's current one
         if can_record(model.config):
-            return GraphModelRunner(model, num_slots, forbidden_ids(model))
+            return GraphModelRunner(model, num_slots, forbidden_ids(model), config.max_num_batched_tokens)
     return TorchModelRunner(model, num_slots, forbidden_ids(model))
 
 
@@ -131,8 +131,12 @@ class TorchModelRunner:
         """Return the step, which runs when its output is asked for."""
         return _Deferred(lambda: self._step(plan))
 
-    def follow(self, rows: Sequence[int]) -> Launch:
-        """Refuse: no step's output can be waited for while another one runs."""
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Say no: no step's output can be waited for while another one runs."""
+        return False
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Refuse."""
         raise ValueError("this runner's steps are read one by one")
 
     def step(self, plan: StepPlan) -> StepOutput:

@@ -40,6 +40,14 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
+@dataclass(frozen=True, slots=True)
+class FollowingPlan:
+    """What the step after one in flight runs: of its chunks `rows` go on, each with the token that it samples there."""
+
+    rows: Sequence[int]
+    chunks: Sequence[Chunk] = ()  # beside them, in slots of their own
+
+
 class ChunkOutput(msgspec.Struct, frozen=True, gc=False):
     """What one chunk brought, in the plan's order."""
 
@@ -63,7 +71,7 @@ class Launch(Protocol):
 
     @property
     def can_be_followed(self) -> bool:
-        """Whether `ModelRunner.follow` may be called before `output` was."""
+        """Whether `ModelRunner.can_follow` need be asked before `output` was."""
         ...
 
     def output(self) -> StepOutput:
@@ -86,11 +94,16 @@ class ModelRunner(Protocol):
         """Have every chunk consumed, its slot advanced in place, and tokens sampled where asked."""
         ...
 
-    def follow(self, rows: Sequence[int]) -> Launch:
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Say whether `follow` can be called so."""
+        ...
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
         """Launch the step after the last one launched, which has not been read and can be followed.
 
         Of its chunks `rows` go on, in this order, each with the token that it samples there. One that samples a stop
-        token or fails does not go on: its slot keeps the state it has then, and its output here means nothing.
+        token or fails does not go on: its slot keeps the state it has then, and its output here means nothing. After
+        the rows come `chunks`, as in any plan.
         """
         ...
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -43,10 +43,10 @@ from engine.messages import (
     SequenceStarted,
 )
 from engine.runner.grammars import GrammarMatcher
-from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepOutput, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, FollowingPlan, ModelRunner, StepOutput, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.prefixes import Prefixes
-from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot
+from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot, following
 from engine.scheduler.slots import Slots
 from engine.scheduler.validation import validate
 from engine.state.hot_states import HotStates
@@ -224,37 +224,39 @@ class Scheduler:
         """
         assert not self._in_flight
         self._prefixes.advance()
-        self._take_matchers()
-        self._place_loaded()
-        self._admit()
+        self._seat_arrivals()
         self._take_snapshots()
-        if rows := self._pick_rows():
+        if rows := self._pick_rows(self._seated, self._config.max_num_batched_tokens):
             self._in_flight.append(rows)
         return StepPlan([chunk for _, chunk in rows])
 
-    def follow(self) -> list[int]:
-        """Plan the step after the one in flight before its tokens are known: which of its rows go on.
+    def follow(self) -> FollowingPlan | None:
+        """Plan the step after the one in flight before its tokens are known: which of its rows go on, and who joins.
 
-        None do where anything else may have to happen in that step: somebody is to be seated, or what a row does next
-        depends on its token (a prompt that is not at its end does; so nobody was left out for want of room). A row that
-        does not go on for what it sampled, a stop token or none, is the runner's to hold back. The row of a sequence
-        that ends otherwise is ignored: nobody wants its state.
+        There is none where what a row does next depends on its token, or where the runner cannot join those who would.
+        A row that does not go on for what it sampled, a stop token or none, is the runner's to hold back. The row of a
+        sequence that ends otherwise is ignored: nobody wants its state. A prompt that is not at its end, or leaves a
+        state, is in every other step only: what it does is known when the step that it is in has been read.
         """
         self._prefixes.advance()
         (rows,) = self._in_flight
-        if self._has_arrivals():
-            return []
         going = []
-        for index, (sequence, _) in enumerate(rows):
+        for index, (sequence, chunk) in enumerate(rows):
             if sequence.phase is Phase.FINISHED:
                 continue
-            if (goes_on := sequence.goes_on()) is None:
-                return []
+            if (goes_on := sequence.goes_on(len(chunk.token_ids))) is None:
+                return None
             if goes_on:
                 going.append(index)
-        if going:
-            self._in_flight.append([rows[index] for index in going])
-        return going
+        self._seat_arrivals()
+        in_flight = {sequence for sequence, _ in rows}
+        others = [sequence for sequence in self._seated if sequence not in in_flight]
+        joining = self._pick_rows(others, self._config.max_num_batched_tokens - len(going))
+        chunks = [chunk for _, chunk in joining]
+        if not (going or chunks) or not self._runner.can_follow(going, chunks):
+            return None
+        self._in_flight.append([(rows[index][0], following(rows[index][1])) for index in going] + joining)
+        return FollowingPlan(going, chunks)
 
     def update(self, output: StepOutput) -> StepTokens:
         """Take note of what the oldest step in flight brought."""
@@ -282,27 +284,25 @@ class Scheduler:
             if sequence.phase is not Phase.FINISHED:
                 self._fail(sequence, "engine_error", f"the step failed: {error}")
 
-    def _has_arrivals(self) -> bool:
-        """Say whether `schedule` would seat or place somebody, or end somebody's waiting."""
-        if any(future.done() for future in self._loading.values()):
-            return True
-        if any(future.done() for future in self._compiling.values()) or self._overdue_compilations():
-            return True
-        return self._may_admit()
+    def _seat_arrivals(self) -> None:
+        """Begin whoever can begin now."""
+        self._take_matchers()
+        self._place_loaded()
+        self._admit()
 
-    def _pick_rows(self) -> list[Row]:
+    def _pick_rows(self, sequences: Iterable[Sequence], budget: int) -> list[Row]:
         """Choose one token of everyone who has one to go, then prompts in order of admission while the budget lasts.
 
         The budget has room for a token a seat, so prompts get at least what their own seats are worth.
         """
         rows: list[Row] = []
         prompts = []
-        for sequence in self._seated:
+        for sequence in sequences:
             if (num_pending := sequence.num_pending) > 1:
                 prompts.append(sequence)
             elif num_pending:
                 rows.append((sequence, sequence.next_chunk(1)))
-        budget = self._config.max_num_batched_tokens - len(rows)
+        budget -= len(rows)
         for sequence in prompts:
             if num_tokens := min(sequence.num_runnable, budget):
                 rows.append((sequence, sequence.next_chunk(num_tokens)))

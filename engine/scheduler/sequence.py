@@ -131,15 +131,13 @@ class Sequence:
         """Whether the next token to be consumed, and only it, is held back, and the state before it may be wanted."""
         return self._may_overshoot and self.phase is Phase.RUNNING and self._gate.num_held == 1 == self.num_pending
 
-    def goes_on(self) -> bool | None:
-        """Say whether it consumes the token that is sampled in the step in flight, unless that ends it.
+    def goes_on(self, num_tokens: int) -> bool | None:
+        """Say whether it consumes the token sampled after those in flight in the very next step, unless that ends it.
 
-        None: that depends on the token, or it has other things to do. The last of `max_tokens` is consumed only where
-        the state is kept: so it settles.
+        None: that depends on the token, and it must not be left out of that step. The last of `max_tokens` is consumed
+        only where the state is kept: so it settles.
         """
-        if len(self.tape) - self.cursor > 1:
-            return None
-        if self.phase is Phase.SETTLING:
+        if len(self.tape) - self.cursor > num_tokens or self.phase is Phase.SETTLING:
             return False
         stop = self._stop
         if self.matcher is not None or self._may_overshoot or not stop.max_tokens:
@@ -303,3 +301,10 @@ class Sequence:
         keeps_all = self.request.keep_state and reason is not FinishReason.ABORT
         num_kept = len(self.request.prompt_ids) if keeps_all else self.num_kept
         return max(0, num_kept - self.origin.num_cached)
+
+
+def following(chunk: Chunk) -> Chunk:
+    """Return what consumes the token that `chunk` samples: for who takes note of it later, so that it has no id yet."""
+    if len(chunk.token_ids) == 1 and chunk.target_ids is None:
+        return chunk
+    return msgspec.structs.replace(chunk, token_ids=(-1,), num_replayed=0, target_ids=None)

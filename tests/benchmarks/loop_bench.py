@@ -53,7 +53,7 @@ STOP_ID = 0
 class FreeRunner(GraphModelRunner):
     """The runner for a card, whose steps cost nothing; notes what the process had used when each began."""
 
-    def _record(self, max_rows: int) -> DecodeGraphs:
+    def _record(self, max_rows: int, max_tokens: int) -> DecodeGraphs:
         self.seconds: dict[int, list[float]] = {}  # by number of rows, padding included
         sampled = torch.full((2048,), SAMPLED)
 
@@ -62,7 +62,7 @@ class FreeRunner(GraphModelRunner):
             self.seconds.setdefault(num_rows, []).append(time.process_time())
             return sampled[:num_rows]
 
-        return DecodeGraphs(step, max_rows, CPU, RunAgain())
+        return DecodeGraphs(step, max_rows, CPU, RunAgain(), max_tokens)
 
 
 def read_all(endpoint: str, num_sequences: int, max_tokens: int, keep_state: bool) -> None:

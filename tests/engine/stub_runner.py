@@ -122,24 +122,35 @@ class StubRunner:
         assert self.num_slots - 1 not in slots, "the last slot is for padding"
         return self._run(list(plan.chunks), self._consume)
 
-    def follow(self, rows: Sequence[int]) -> Launch:
-        """Consume what some rows of the last step sampled, unless that ended them."""
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Take chunks that ask for no more than a token."""
+        assert self.last is not None
+        asks_for_more = any(c.matcher is not None or c.num_prompt_logprobs is not None for c in chunks)
+        return self.last.can_be_followed and not asks_for_more
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Consume what some rows of the last step sampled, unless that ended them, and what `chunks` have."""
         self._check_device()
         last = self.last
         assert last is not None
-        assert last.can_be_followed
+        assert self.can_follow(rows, chunks)
         assert not last.was_read, "there is no need to hurry"
         if isinstance(last.result, DeviceFault):
             return self._run([], lambda chunk: ChunkOutput(failed="never run"), fault=last.result)
-        chunks = []
+        following = []
         for row in rows:
             chunk, token_id = last.chunks[row], last.result.chunks[row].token_id
             assert chunk.sampling is not None, "there is nothing to go on with"
             ends = token_id is None or (chunk.may_stop and token_id in chunk.stop_token_ids)
             token_ids = [] if ends else [token_id]
-            chunks.append(replace(chunk, token_ids=token_ids, position=chunk.position + 1, num_replayed=0))
+            position = chunk.position + 1
+            chunk = replace(chunk, token_ids=token_ids, position=position, num_replayed=0, target_ids=None)
+            following.append(chunk)
+        following += chunks
+        slots = [chunk.slot for chunk in following]
+        assert len(set(slots)) == len(slots), "a slot may have one chunk a step"
         self.num_followed += 1
-        return self._run(chunks, lambda c: self._consume(c) if c.token_ids else ChunkOutput(failed="not run"))
+        return self._run(following, lambda c: self._consume(c) if c.token_ids else ChunkOutput(failed="not run"))
 
     def step(self, plan: StepPlan) -> StepOutput:
         """Launch and wait."""

@@ -37,7 +37,7 @@ from engine.messages import (
     decode_event,
     encode,
 )
-from engine.runner.plan import Launch, StepPlan
+from engine.runner.plan import Chunk, Launch, StepPlan
 from engine.state.memory_store import MemoryStore
 from tests.engine.stub_engine import READY, StubEngine, chain_of, request_of
 from tests.engine.stub_runner import StubRunner
@@ -244,9 +244,9 @@ def test_clients_are_told_of_a_step_while_the_next_one_runs() -> None:
             order.append("launch")
             return super().launch(plan)
 
-        def follow(self, rows: Sequence[int]) -> Launch:
+        def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
             order.append("launch")
-            return super().follow(rows)
+            return super().follow(rows, chunks)
 
     engine.make_runner = NotedRunner
     context = zmq.Context[zmq.Socket[bytes]]()
@@ -257,8 +257,8 @@ def test_clients_are_told_of_a_step_while_the_next_one_runs() -> None:
     try:
         while loop._scheduler.has_work or loop._must_report:
             loop.step()
-        if NotedRunner.runs_ahead:  # the prompt; a decode and two that follow, of which the last one settles
-            assert order == ["launch", "send", "launch", "launch", "send", "launch", "send", "send", "send"]
+        if NotedRunner.runs_ahead:  # the prompt, and three that follow, of which the last one settles
+            assert order == ["launch", "launch", "send", "launch", "send", "launch", "send", "send", "send"]
         else:
             assert order == ["launch", "send"] * 4 + ["send"]
     finally:

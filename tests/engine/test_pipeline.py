@@ -29,7 +29,7 @@ def kept_tokens(simulation: Simulation, client: Client) -> list[int] | None:
 
 
 def test_every_decode_but_the_first_is_launched_ahead() -> None:
-    """And the step in which the kept state settles; the prompt's own step cannot be."""
+    """And the step in which the kept state settles."""
     simulation = simulation_of([1])
     client = simulation.submit(request_of("a", [0], max_tokens=6))
     simulation.run()
@@ -96,7 +96,7 @@ def test_stop_strings_without_a_state_to_keep_need_not_be_waited_for() -> None:
 
 
 def test_who_can_be_seated_is_not_kept_waiting() -> None:
-    """An arrival joins the step after the one in flight; without a free seat the others go on ahead."""
+    """An arrival joins the next step that is launched, and the others go on ahead; so they do without a free seat."""
     simulation = simulation_of([1])
     for name in "abc":
         simulation.submit(request_of(name, [0], max_tokens=50))
@@ -104,14 +104,64 @@ def test_who_can_be_seated_is_not_kept_waiting() -> None:
         simulation.step()
     assert simulation.pipeline.num_in_flight == 1
     arrived = simulation.submit(request_of("d", [0], max_tokens=50))
-    simulation.step()  # what is in flight is read, and nothing follows it
+    simulation.step()  # what was in flight is read, and the arrival is in what follows it
     simulation.step()
     assert arrived.token_ids == [1]
+    assert len(simulation.runner.plans) == 1
     num_followed = simulation.runner.num_followed
     simulation.submit(request_of("e", [0]))
     simulation.step()
     assert simulation.runner.num_followed == num_followed + 1
     simulation.run()
+    simulation.check_at_rest()
+
+
+def test_who_asks_for_more_than_a_token_joins_when_nothing_is_in_flight() -> None:
+    """It has its seat at once, and is in the next step that is planned from what is known."""
+    simulation = simulation_of([1])
+    neighbour = simulation.submit(request_of("a", [0], max_tokens=9))
+    for _ in range(3):
+        simulation.step()
+    asking = simulation.submit(request_of("b", [0, 1, 1], max_tokens=2, num_prompt_logprobs=0))
+    num_followed = simulation.runner.num_followed
+    simulation.step()
+    assert (simulation.runner.num_followed, simulation.pipeline.num_in_flight) == (num_followed, 0)
+    simulation.step()
+    assert (len(asking.token_ids), len(simulation.runner.plans)) == (1, 2)
+    simulation.run()
+    assert neighbour.token_ids == [1] * 9
+    simulation.check_at_rest()
+
+
+def test_a_prompt_that_takes_several_steps_lets_nobody_wait() -> None:
+    """Who generates is in every step, the prompt in every other one, and nothing is planned anew."""
+    simulation = simulation_of([1], [2])
+    neighbour = simulation.submit(request_of("a", [0], max_tokens=20))
+    for _ in range(3):
+        simulation.step()
+    arrived = simulation.submit(request_of("b", [1] + [0] * 39, max_tokens=3))
+    num_tokens = [simulation.step() for _ in range(7)]
+    assert num_tokens == [1, 16, 1, 16, 1, 11, 2]
+    simulation.run()
+    assert len(simulation.runner.plans) == 1
+    assert kept_tokens(simulation, neighbour) == [0] + [1] * 20
+    assert kept_tokens(simulation, arrived) == arrived.full_history
+    simulation.check_at_rest()
+
+
+def test_a_state_on_the_way_through_a_prompt_is_kept_before_more_is_consumed() -> None:
+    """The step after the one that reaches it is the neighbour's alone."""
+    simulation = simulation_of([1, 2, 3], [4])
+    neighbour = simulation.submit(request_of("a", [1], max_tokens=9))
+    for _ in range(2):
+        simulation.step()
+    leaving = simulation.submit(request_of("b", [0, 9, 9, 9], max_tokens=4, borders=[3]))
+    assert [simulation.step() for _ in range(5)] == [1, 4, 1, 2, 2]
+    simulation.run()
+    assert simulation.kept([0, 9, 9]) is not None
+    assert len(simulation.runner.plans) == 1
+    assert kept_tokens(simulation, leaving) == leaving.full_history
+    assert kept_tokens(simulation, neighbour) == [1] + [4] * 9
     simulation.check_at_rest()
 
 

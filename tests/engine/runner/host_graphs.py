@@ -1,4 +1,4 @@
-"""Decode by recorded steps, with the recording left out: on a card it is CUDA's, here a step just runs again."""
+"""Recorded steps, with the recording left out: on a card it is CUDA's, here a step just runs again."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBOD
     """The step on operators that take no padding: it goes to the scratch slot instead."""
 
     def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        token_ids, slots = consumed(fields, last_sampled)
-        is_padding = slots == PADDING_SLOT
-        rows = torch.arange(len(slots) + 1)
+        batch = consumed(fields, last_sampled)
+        is_padding, starts = batch.slots == PADDING_SLOT, batch.starts
+        slots = batch.slots.masked_fill(is_padding, pool.scratch_slot)
+        has_tokens = starts.diff() > 0
+        assert (has_tokens | is_padding).all()
         with torch.inference_mode():
-            batch = InputBatch(token_ids, slots.masked_fill(is_padding, pool.scratch_slot), rows, rows[:-1])
+            starts = torch.cat([starts[:-1][has_tokens], starts[-1:]])
+            batch = InputBatch(batch.token_ids, slots[has_tokens], starts, batch.output_rows)
             logits = model.logits(model.forward(batch, pool))
             logits.index_fill_(1, forbidden_ids, -torch.inf)
             parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
@@ -55,5 +58,6 @@ class HostGraphRunner(GraphModelRunner):
     """The runner with steps that run again instead of graphs."""
 
     @torch.inference_mode()  # as on a card: what is made in it may be written in it only
-    def _record(self, max_rows: int) -> DecodeGraphs:
-        return DecodeGraphs(host_step(self.model, self.pool, self._forbidden_ids), max_rows, CPU, RunAgain())
+    def _record(self, max_rows: int, max_tokens: int) -> DecodeGraphs:
+        step = host_step(self.model, self.pool, self._forbidden_ids)
+        return DecodeGraphs(step, max_rows, CPU, RunAgain(), max_tokens)

@@ -11,13 +11,16 @@ from msgspec import structs
 from engine.messages import SamplingParams
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
-from engine.runner.cuda_graphs import BUCKETS, DecodeGraphs, DecodeRow, bucket_of, buckets_for
-from engine.runner.graph_runner import is_plain_decode
+from engine.runner.cuda_graphs import DecodeGraphs, DecodeRow, buckets_for, mixed_sizes_for
+from engine.runner.graph_runner import is_plain
 from engine.runner.model_runner import TorchModelRunner
 from engine.runner.plan import Chunk, ChunkOutput, StepPlan
 from engine.state.pool import StatePool
 from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.engine.runner.host_graphs import CPU, HostGraphRunner, RunAgain, host_step
+from tests.poisoned_memory import poisoned_memory
+
+__all__ = ["poisoned_memory"]
 
 V = 100
 
@@ -152,14 +155,15 @@ def test_a_broken_row_fails_alone_in_a_graph(model: RWKV7) -> None:
 )
 def test_sampling_that_a_graph_does_not_know_is_no_plain_decode(changes: dict[str, object]) -> None:
     """Such steps run as they do everywhere."""
-    assert is_plain_decode(Chunk(0, [1], sampling=params(1)))
-    assert not is_plain_decode(Chunk(0, [1], sampling=structs.replace(params(1), **changes)))
+    assert is_plain(Chunk(0, [1], sampling=params(1)))
+    assert not is_plain(Chunk(0, [1], sampling=structs.replace(params(1), **changes)))
 
 
-def test_chunks_that_are_more_than_a_token_are_no_plain_decode() -> None:
-    """Prompts, and ids that may not come yet."""
-    assert not is_plain_decode(Chunk(0, [1, 2], sampling=params(1)))
-    assert not is_plain_decode(Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False))
+def test_chunks_that_ask_for_more_than_a_token_are_not_plain() -> None:
+    """Prompts are, but not what is asked about them, nor ids that may not come yet."""
+    assert is_plain(Chunk(0, [1, 2], sampling=params(1)))
+    assert not is_plain(Chunk(0, [1, 2], num_prompt_logprobs=0, target_ids=[2, None]))
+    assert not is_plain(Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False))
 
 
 @pytest.mark.parametrize(("max_rows", "most"), [(1, 1), (3, 4), (64, 64), (65, 96), (5000, 1024)])
@@ -168,13 +172,28 @@ def test_buckets_hold_as_many_rows_as_may_come(max_rows: int, most: int) -> None
     assert buckets_for(max_rows)[-1] == most
 
 
-def test_the_smallest_bucket_that_fits_is_taken() -> None:
-    """And what fits nowhere is refused."""
-    assert [bucket_of(n, BUCKETS) for n in (1, 2, 3, 9, 129, 1024)] == [1, 2, 4, 12, 192, 1024]
-    with pytest.raises(ValueError, match="1025 rows do not fit into 1024"):
-        bucket_of(1025, BUCKETS)
-    with pytest.raises(ValueError, match="needs a row"):
-        bucket_of(0, BUCKETS)
+def test_the_smallest_size_that_fits_is_taken(model: RWKV7) -> None:
+    """As many tokens as rows is a step that decodes; others have a row to spare; what fits nowhere is refused."""
+    pool = StatePool(model.config.state_spec, 8, CPU)
+    graphs = DecodeGraphs(host_step(model, pool), 20, CPU, RunAgain(), max_tokens=130)
+    sizes = [graphs.size_of(n, n) for n in (1, 2, 3, 9, 24)]
+    assert sizes == [(1, 1), (2, 2), (4, 4), (12, 12), (24, 24)]
+    assert graphs.size_of(25, 25) is graphs.size_of(0, 0) is None
+    mixed = [(2, 1), (128, 15), (128, 16), (129, 1), (256, 31)]
+    assert [graphs.size_of(*each) for each in mixed] == [(128, 16), (128, 16), (128, 32), (256, 16), (256, 32)]
+    assert graphs.size_of(257, 1) is graphs.size_of(40, 32) is None
+    with pytest.raises(ValueError, match="no graph has 25 tokens of 25 rows"):
+        graphs.launch([DecodeRow(slot, params(slot), 0) for slot in range(25)])
+
+
+@pytest.mark.parametrize("max_rows", [1, 15, 16, 127, 384, 1024])
+@pytest.mark.parametrize("max_tokens", [2, 512, 2048])
+def test_mixed_sizes_hold_what_may_come(max_rows: int, max_tokens: int) -> None:
+    """Never as many rows as tokens, which would be taken for a step that decodes."""
+    sizes = mixed_sizes_for(max_rows, max_tokens)
+    assert any(size.num_tokens >= max_tokens and size.num_rows > max_rows for size in sizes)
+    assert all(size.num_tokens > size.num_rows for size in sizes)
+    assert sizes == sorted(set(sizes))
 
 
 # -- steps that follow one that nobody has read -----------------------------------------------------------------------
@@ -293,3 +312,93 @@ def test_a_row_that_samples_nothing_settles_in_a_graph(model: RWKV7) -> None:
     with pytest.raises(ValueError, match="cannot go on"):
         graph_runner.follow([0])
     graph_runner.follow([1])
+
+
+# -- steps of prompts beside decodes ----------------------------------------------------------------------------------
+
+
+def chunks_of(lengths: dict[int, int], seed: int) -> list[Chunk]:
+    """Return chunks of so many tokens for each slot, with sampling of its own; of slot 5 nothing is sampled."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        Chunk(
+            slot,
+            torch.randint(V, (length,), generator=random).tolist(),
+            sampling=params(slot) if slot != 5 else None,
+            position=length,
+        )
+        for slot, length in lengths.items()
+    ]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("longest", [9, 97, 98, 300], ids=["padding", "one token of padding", "none", "a larger size"])
+def test_mixed_steps_and_those_that_follow_them_are_plain_steps(model: RWKV7, longest: int) -> None:
+    """Outputs and all states: prompts and decodes, decodes of both with new prompts beside them, then decodes alone."""
+    ahead, plain = HostGraphRunner(model, 9), TorchModelRunner(model, 9)
+    first, joining = chunks_of({0: 1, 3: longest, 1: 1, 2: 20, 5: 8}, seed=1), chunks_of({4: 30, 6: 1}, seed=2)
+    for runner in (ahead, plain):
+        for slot in range(8):
+            runner.start(slot)
+    launches = [ahead.launch(StepPlan(first))]
+    assert launches[0].can_be_followed
+    launches.append(ahead.follow([3, 0, 1], joining))
+    outputs = [launches[0].output().chunks]
+    launches.append(ahead.follow([4, 1, 0, 2]))
+    outputs += [launch.output().chunks for launch in launches[1:]]
+
+    expected, chunks = [plain.step(StepPlan(first)).chunks], list(first)
+    for rows, new in (([3, 0, 1], joining), ([4, 1, 0, 2], [])):
+        going = []
+        for row in rows:
+            token_id = expected[-1][row].token_id
+            assert token_id is not None
+            going.append(structs.replace(chunks[row], token_ids=[token_id], position=chunks[row].position + 1))
+        chunks = [*going, *new]
+        expected.append(plain.step(StepPlan(chunks)).chunks)
+    assert outputs == expected
+    assert torch.equal(ahead.pool.wkv[:8], plain.pool.wkv[:8])
+    assert torch.equal(ahead.pool.shift[:8], plain.pool.shift[:8])
+
+
+def test_a_row_that_sampled_a_stop_id_goes_no_further_in_a_mixed_step(model: RWKV7) -> None:
+    """Be it a prompt's: its state is that at the prompt's end, and a prompt that joined is none the worse."""
+    runner = HostGraphRunner(model, 9)
+    for slot in (1, 2):
+        runner.start(slot)
+    prompt, joining = [3, 1, 4, 1, 5], chunks_of({2: 7}, seed=3)
+    plain = TorchModelRunner(model, 9)
+    for slot in (1, 2):
+        plain.start(slot)
+    (stopped,) = plain.step(StepPlan([Chunk(1, prompt, sampling=params(1))])).chunks
+    assert stopped.token_id is not None
+    launch = runner.launch(StepPlan([Chunk(1, prompt, sampling=params(1), stop_token_ids=(stopped.token_id,))]))
+    after = runner.follow([0], joining)
+    assert launch.output().chunks == [stopped]
+    assert after.output().chunks[1:] == plain.step(StepPlan(joining)).chunks
+    assert torch.equal(runner.pool.wkv[:3], plain.pool.wkv[:3])
+
+
+def test_a_prompt_that_is_not_at_its_end_does_not_go_on(model: RWKV7) -> None:
+    """It has no token to go on with; who was beside it has, and prompts that ask for more than a token do not join."""
+    runner = HostGraphRunner(model, 9)
+    for slot in range(9):
+        runner.start(slot)
+    runner.launch(StepPlan(chunks_of({5: 3, 1: 2}, seed=1)))
+    assert not runner.can_follow([0], [])
+    assert runner.can_follow([1], [])
+    assert runner.can_follow([1], chunks_of({2: 3}, seed=2))
+    assert not runner.can_follow([1], [Chunk(2, [1, 2], num_prompt_logprobs=0, target_ids=[2, None])])
+    assert not runner.can_follow([1], [Chunk(2, [1, V])])
+    assert not runner.can_follow([1], [Chunk(2, [1] * 3000)])
+
+
+def test_recording_and_padding_of_mixed_steps_touch_no_state(model: RWKV7) -> None:
+    """Only the slots of rows change."""
+    runner = HostGraphRunner(model, 9)
+    runner.pool.wkv.normal_()
+    before = runner.pool.wkv.clone()
+    runner._record(4, 512)
+    assert torch.equal(runner.pool.wkv[:8], before[:8])
+    runner.launch(StepPlan(chunks_of({2: 1, 6: 3}, seed=1))).output()
+    assert [slot for slot in range(8) if not torch.equal(runner.pool.wkv[slot], before[slot])] == [2, 6]
