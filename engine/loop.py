@@ -43,6 +43,7 @@ from engine.messages import (
     decode_command,
     encode,
 )
+from engine.pipeline import Pipeline
 from engine.runner.grammars import Grammars
 from engine.runner.plan import Chunk, ModelRunner, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
@@ -104,12 +105,15 @@ class EngineLoop:
             clock,
             initial_states,
         )
+        self._pipeline = Pipeline(self._scheduler, runner, clock)
         self._saves = SaveQueue(self._hot_states, self._checkpointer, self._scheduler.is_settling)
         self._adoptions = Adoptions(self._checkpointer)
         self._clients: set[bytes] = set()
         self._draining_clients: set[bytes] = set()
         self._drain_deadline: float | None = None
         self._num_steps = 0
+        self._last_step: StepStats | None = None
+        self._must_report = False  # a step was read
         self._stats_due_at = 0.0
         if config.hot_state_bytes < runner.spec.num_bytes:
             _log.warning("hot_state_bytes is less than one state: no state will be kept between turns")
@@ -132,28 +136,39 @@ class EngineLoop:
         self._doorbell.ring()
 
     def step(self) -> None:
-        """Take commands, run one step of the model if there is anything to run, and say what came of it."""
+        """Take commands, keep the device busy, say what came of the last step, and read the next one.
+
+        Clients are told of a step while the device works on the one after it.
+        """
         self._take_commands()
         self._end_overdue()
         self._checkpointer.sweep_when_due()
-        plan = self._scheduler.schedule()
-        step = self._run_model(plan) if plan.chunks else None
-        self._send_reports(step)
+        self._pipeline.launch()
+        self._send_reports()
         self._answer_drains()
+        self._read_step()
         if self._scheduler.num_faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            self._send_reports()
             raise EngineError(f"the device failed {self._scheduler.num_faults_in_a_row} times in a row")
 
     def _warm_up(self) -> None:
         self._runner.start(0)
-        output = self._runner.step(StepPlan([Chunk(slot=0, token_ids=[0], position=1)]))
+        output = self._runner.launch(StepPlan([Chunk(slot=0, token_ids=[0, 0], position=2)])).output()
         if (problem := output.chunks[0].failed) is not None:
             raise EngineError(f"the model cannot run: {problem}")
+
+    def _read_step(self) -> None:
+        if self._pipeline.num_in_flight:
+            self._last_step = self._pipeline.read()
+            self._num_steps += 1
+            self._must_report = True
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def _take_commands(self) -> None:
         """Handle what clients have sent; with nothing else to do, wait for them, or until somebody must be told."""
-        seconds = 0.0 if self._scheduler.has_work else self._seconds_to_wait()
+        is_busy = self._must_report or self._pipeline.num_in_flight or self._scheduler.has_work
+        seconds = 0.0 if is_busy else self._seconds_to_wait()
         ready = dict(self._poller.poll(math.ceil(seconds * 1000)))
         if self._doorbell.fileno() in ready:
             self._doorbell.answer()
@@ -214,36 +229,17 @@ class EngineLoop:
         self._draining_clients.discard(client)
         self._scheduler.abort_client(client)
 
-    # -- a step -------------------------------------------------------------------------------------------------------
-
-    def _run_model(self, plan: StepPlan) -> StepStats:
-        began_at = self._clock()
-        num_decode_tokens = self._scheduler.num_decode_tokens
-        try:
-            output = self._runner.step(plan)
-        except Exception as error:
-            _log.exception("a step failed, and with it %d sequences", len(plan.chunks))
-            self._scheduler.fail_step(error)
-        else:
-            self._scheduler.update(output)
-        self._num_steps += 1
-        return StepStats(
-            step_seconds=self._clock() - began_at,
-            num_decode_tokens=num_decode_tokens,
-            num_prefill_tokens=plan.num_tokens - num_decode_tokens,
-            num_sequences=len(plan.chunks),
-        )
-
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def _send_reports(self, step: StepStats | None) -> None:
+    def _send_reports(self) -> None:
         """Send every client one message with all that concerns it; silence lasts no longer than `STATS_SECONDS`."""
         events: defaultdict[bytes, list[SequenceEvent | CheckpointStored | CheckpointFailed]] = defaultdict(list)
         for client, event in [*self._scheduler.take_events(), *self._saves.advance(), *self._adoptions.take_done()]:
             events[client].append(event)
         now = self._clock()
-        if step is None and not events and now < self._stats_due_at:
+        if not self._must_report and not events and now < self._stats_due_at:
             return
+        step, self._last_step, self._must_report = self._last_step, None, False
         self._stats_due_at = now + STATS_SECONDS
         stats = self._stats()
         for client in list(self._clients):

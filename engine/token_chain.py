@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 DIGEST_BYTES = 16
 
+_NODE = hashlib.blake2b(digest_size=DIGEST_BYTES)
+
 
 def root_digest(tenant: str = "", initial_state: str = "") -> bytes:
     """Return the digest of the empty history of `tenant`, which begins from the zero state or from a tuned one.
@@ -28,5 +30,7 @@ def root_digest(tenant: str = "", initial_state: str = "") -> bytes:
 def extend_digest(digest: bytes, token_ids: Iterable[int]) -> bytes:
     """Return the digest of the history behind `digest` followed by `token_ids` (each in `[0, 2**32)`)."""
     for token_id in token_ids:
-        digest = hashlib.blake2b(digest + token_id.to_bytes(4, "little"), digest_size=DIGEST_BYTES).digest()
+        node = _NODE.copy()  # half of what making one costs
+        node.update(digest + token_id.to_bytes(4, "little"))
+        digest = node.digest()
     return digest

@@ -1,85 +1,193 @@
-"""Decode steps, sampling included, as captured graphs: one for each batch size of a ladder, in one pool of memory.
+"""Steps, sampling included, as captured graphs: one for each size of a ladder, in one pool of memory.
 
-A graph reads its rows from one table on the device and leaves the sampled tokens there, where the next step may take
-them before the host has read them. Rows that only fill up a graph have slot -1, which no operator touches. The graphs
-themselves are behind `Graphs`, so that all the rest is tested without a card; the capture has not run on one yet.
+There are sizes for steps that only decode, a token a row, and coarser ones, of tokens and rows, for *mixed* steps where
+rows consume pieces of prompts beside others that decode. A graph reads its rows from one table on the device and leaves
+the sampled tokens there, where the next step may take them before the host has read them, whatever the size of either.
+Rows that only fill up a graph have slot -1, which no operator touches; a row that follows one which sampled a stop
+token becomes such a row on the device itself, so its state has consumed nothing more than the host would have let it.
+The graphs themselves are behind `Graphs`, so that all the rest is tested without a card; those of mixed steps have not
+run on one yet.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.messages import SamplingParams
 from engine.models.config import ModelConfig
 from engine.models.rwkv7 import RWKV7
 from engine.runner.input_batch import InputBatch
-from engine.runner.sampler import uniform
+from engine.runner.sampler import hash_seeds, uniforms
 from engine.state.pool import StatePool
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+MIXED_TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)
+MIXED_ROWS = (16, 128)  # and as many as there can be
 
 PADDING_SLOT = -1
+NOTHING_SAMPLED = -1
+MAX_STOP_IDS = 8  # of a row that is to be followed
 
-# What a step must know of each row, one field after the other in one piece of memory: one copy a step.
-_FIELDS = {
-    "token_ids": torch.int64,
-    "sources": torch.int64,  # the row of the last step whose sampled token this row consumes, -1: `token_ids`
-    "slots": torch.int64,
-    "top_p": torch.float64,
-    "uniform": torch.float64,
-    "temperature": torch.float32,
-    "min_p": torch.float32,
-    "top_k": torch.int32,
+# What a step must know, widest types first: dtype, values a row (or token), and what stands there in padding.
+_FIELDS: dict[str, tuple[torch.dtype, int, float]] = {
+    "token_ids": (torch.int64, 1, 0),  # of each token
+    "sources": (torch.int64, 1, -1),  # the row of the last step whose sample that token is, -1: it is in `token_ids`
+    "starts": (torch.int64, 1, 0),  # where the rows begin among the tokens, and the last one's end
+    "slots": (torch.int64, 1, PADDING_SLOT),
+    "top_p": (torch.float64, 1, 1),
+    "uniform": (torch.float64, 1, 0),
+    "temperature": (torch.float32, 1, 0),
+    "min_p": (torch.float32, 1, 0),
+    "top_k": (torch.int32, 1, 0),
+    "stop_ids": (torch.int32, MAX_STOP_IDS, -1),  # sampled by the row's source, these end it there; -1: none
 }
-_FIELD_BYTES = 8  # of each row in each field, for all to be aligned
+_OF_TOKENS = ("token_ids", "sources")
+
+Rows = npt.NDArray[np.void]  # of `_ROW`
+
+# What the host knows of each row: a step that follows another has the same rows, less those that end, and new ones.
+_ROW = np.dtype(
+    [
+        ("num_tokens", np.int64),
+        ("token_ids", np.int64),  # the last one's: none but a last one has a source
+        ("sources", np.int64),
+        ("slots", np.int64),
+        ("hashed_seeds", np.uint64),
+        ("positions", np.uint64),
+        ("top_p", np.float64),
+        ("temperature", np.float32),
+        ("min_p", np.float32),
+        ("top_k", np.int32),
+        ("stop_ids", np.int32, (MAX_STOP_IDS,)),
+    ]
+)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One sequence of a decode step: what it consumes, and how its next token is chosen."""
+class DecodeRow(msgspec.Struct, frozen=True):
+    """One sequence of a step: what it consumes, and how its next token is chosen."""
 
     slot: int
     sampling: SamplingParams
     position: int  # of the sampled token; with the seed, it keys the random number
     token_id: int = 0
+    earlier_ids: Sequence[int] = ()  # consumed before `token_id`: then it is a piece of a prompt
     source: int | None = None  # consume what this row of the last launch sampled, not `token_id`
+    stop_token_ids: tuple[int, ...] = ()  # at most `MAX_STOP_IDS` if the row is to be followed
+
+
+class Size(NamedTuple):
+    """How many tokens and rows a graph has; as many of both: it only decodes."""
+
+    num_tokens: int
+    num_rows: int
+
+    def length(self, field: str) -> int:
+        """Return how long a field of the table is."""
+        if field in _OF_TOKENS:
+            return self.num_tokens
+        return self.num_rows + 1 if field == "starts" else self.num_rows
 
 
 class RowTable:
-    """The fields of up to `num_rows` rows, side by side."""
+    """The fields of steps up to a size, side by side in one piece of memory: one copy a step."""
 
-    def __init__(self, num_rows: int, device: torch.device, is_pinned: bool = False) -> None:
-        self.data = torch.zeros(len(_FIELDS), num_rows * _FIELD_BYTES, dtype=torch.uint8, device=device)
+    def __init__(self, most: Size, device: torch.device, is_pinned: bool = False) -> None:
+        sizes = [most.length(name) * width * dtype.itemsize for name, (dtype, width, _) in _FIELDS.items()]
+        self.data = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
         if is_pinned:
             self.data = self.data.pin_memory()
-        self._fields = {name: self.data[i].view(dtype)[:num_rows] for i, (name, dtype) in enumerate(_FIELDS.items())}
+        self._fields: dict[str, torch.Tensor] = {}
+        for (name, (dtype, width, _)), data in zip(_FIELDS.items(), torch.split(self.data, sizes), strict=True):
+            field = data.view(dtype)
+            self._fields[name] = field if width == 1 else field.view(-1, width)
 
-    def first(self, num_rows: int) -> dict[str, torch.Tensor]:
-        """Return the first rows of every field, by name."""
-        return {name: field[:num_rows] for name, field in self._fields.items()}
-
-    def fill(self, rows: Sequence[DecodeRow], bucket: int) -> None:
-        """Write `rows`, and padding up to `bucket`."""
-        padding = bucket - len(rows)
-        columns: dict[str, list[int] | list[float]] = {
-            "token_ids": [row.token_id for row in rows] + [0] * padding,
-            "sources": [-1 if row.source is None else row.source for row in rows] + [-1] * padding,
-            "slots": [row.slot for row in rows] + [PADDING_SLOT] * padding,
-            "top_p": [row.sampling.top_p for row in rows] + [1.0] * padding,
-            "uniform": [uniform(row.sampling.seed, row.position) for row in rows] + [0.0] * padding,
-            "temperature": [row.sampling.temperature for row in rows] + [0.0] * padding,
-            "min_p": [row.sampling.min_p for row in rows] + [0.0] * padding,
-            "top_k": [row.sampling.top_k for row in rows] + [0] * padding,
-        }
-        for name, field in self.first(bucket).items():
-            field.copy_(torch.tensor(columns[name], dtype=field.dtype))
+    def first(self, size: Size) -> dict[str, torch.Tensor]:
+        """Return the fields of a step of this size, by name."""
+        return {name: field[: size.length(name)] for name, field in self._fields.items()}
 
 
-# Runs one step for the rows of a table (by field), given what the last one sampled; returns sampled ids, -1 for broken.
+class HostTable(RowTable):
+    """A table in host memory, where rows are written."""
+
+    def __init__(self, most: Size, is_pinned: bool) -> None:
+        super().__init__(most, torch.device("cpu"), is_pinned)
+        self._arrays: dict[str, npt.NDArray[Any]] = {name: field.numpy() for name, field in self._fields.items()}
+
+    def fill(self, rows: Rows, earlier_ids: Sequence[int], size: Size) -> None:
+        """Write `rows`, with what they consume before their last tokens, and padding up to `size`."""
+        ends = np.cumsum(rows["num_tokens"])
+        self._fill_tokens(rows, ends, earlier_ids, size.num_tokens)
+        self._fill_starts(ends, size)
+        count = len(rows)
+        for name, array in self._arrays.items():
+            if name in _OF_TOKENS or name == "starts":
+                continue
+            if name == "uniform":
+                array[:count] = uniforms(rows["hashed_seeds"], rows["positions"])
+            else:
+                array[:count] = rows[name]
+            array[count : size.num_rows] = _FIELDS[name][2]
+
+    def _fill_tokens(self, rows: Rows, ends: npt.NDArray[np.int64], earlier_ids: Sequence[int], most: int) -> None:
+        for name in _OF_TOKENS:
+            array = self._arrays[name][:most]
+            array[:] = _FIELDS[name][2]
+            array[ends - 1] = rows[name]
+        if earlier_ids:
+            is_earlier = np.ones(len(rows) + len(earlier_ids), bool)
+            is_earlier[ends - 1] = False
+            self._arrays["token_ids"][: len(is_earlier)][is_earlier] = earlier_ids
+
+    def _fill_starts(self, ends: npt.NDArray[np.int64], size: Size) -> None:
+        """Padding rows share the tokens that are left: a row's are zeroed one by one."""
+        starts, count = self._arrays["starts"], len(ends)
+        starts[0] = 0
+        starts[1 : count + 1] = ends
+        num_padding, end = size.num_rows - count, int(ends[-1]) if count else 0
+        if num_padding:
+            shares = (size.num_tokens - end) * np.arange(1, num_padding + 1) // num_padding
+            starts[count + 1 : size.num_rows + 1] = end + shares
+
+
+def rows_of(rows: Sequence[DecodeRow]) -> Rows:
+    """Return `rows` as columns."""
+    table: Rows = np.empty(len(rows), _ROW)
+    params = [row.sampling for row in rows]
+    table["num_tokens"] = [1 + len(row.earlier_ids) for row in rows]
+    table["token_ids"] = [row.token_id for row in rows]
+    table["sources"] = [-1 if row.source is None else row.source for row in rows]
+    table["slots"] = [row.slot for row in rows]
+    table["hashed_seeds"] = hash_seeds(np.array([p.seed for p in params], np.uint64))
+    table["positions"] = [row.position for row in rows]
+    table["top_p"] = [p.top_p for p in params]
+    table["temperature"] = [p.temperature for p in params]
+    table["min_p"] = [p.min_p for p in params]
+    table["top_k"] = [p.top_k for p in params]
+    table["stop_ids"] = -1
+    for i, row in enumerate(rows):
+        if row.stop_token_ids:
+            table["stop_ids"][i] = _padded(row.stop_token_ids)
+    return table
+
+
+@functools.lru_cache(maxsize=1024)
+def _padded(stop_token_ids: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """Return a row's stop ids; more than it can have are for a row that nobody follows."""
+    ids = np.full(MAX_STOP_IDS, -1, np.int32)
+    known = stop_token_ids[:MAX_STOP_IDS]
+    ids[: len(known)] = known
+    return ids
+
+
+# Runs one step of a table (by field), given what rows of the last one sampled; returns what its rows do, -1 for none.
 DecodeStep = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
@@ -120,7 +228,7 @@ class CudaGraphs:
         return event.synchronize
 
 
-class Launch:
+class DecodeLaunch:
     """A step that was asked for."""
 
     def __init__(self, sampled: torch.Tensor, wait: Callable[[], None]) -> None:
@@ -129,7 +237,7 @@ class Launch:
         self._token_ids: list[int] | None = None
 
     def token_ids(self) -> list[int]:
-        """Wait for the step, and return what each row sampled; -1 where its logits are no distribution."""
+        """Wait for the step, and return what each row sampled; -1 for padding and where logits are no distribution."""
         if self._token_ids is None:
             self._wait()
             self._token_ids = self._sampled.tolist()
@@ -137,59 +245,94 @@ class Launch:
 
 
 class DecodeGraphs:
-    """Decode steps of up to `max_rows` rows. Belongs to the engine's one thread.
+    """Steps of up to `max_rows` rows that decode, and mixed ones of up to `max_tokens` tokens if there are to be any.
 
-    Two steps may be in flight: tables and results on the host are two, used in turn.
+    Belongs to the engine's one thread. Two steps may be in flight: tables and results on the host are two, in turn.
     """
 
-    def __init__(self, step: DecodeStep, max_rows: int, device: torch.device, graphs: Graphs) -> None:
+    def __init__(
+        self, step: DecodeStep, max_rows: int, device: torch.device, graphs: Graphs, max_tokens: int = 0
+    ) -> None:
         self.buckets = buckets_for(max_rows)
+        self.sizes = [Size(bucket, bucket) for bucket in self.buckets]
+        self.mixed_sizes = mixed_sizes_for(max_rows, max_tokens) if max_tokens else []
+        sizes = self.sizes + self.mixed_sizes
+        most = Size(max(size.num_tokens for size in sizes), max(size.num_rows for size in sizes))
         self._graphs = graphs
-        most, is_pinned = self.buckets[-1], device.type == "cuda"
+        is_pinned = device.type == "cuda"
         self._table = RowTable(most, device)
-        self._host_tables = [RowTable(most, torch.device("cpu"), is_pinned) for _ in range(2)]
-        self._sampled = torch.zeros(most, dtype=torch.int64, device=device)
-        results = [torch.zeros(most, dtype=torch.int64) for _ in range(2)]
+        self._host_tables = [HostTable(most, is_pinned) for _ in range(2)]
+        self._sampled = torch.zeros(most.num_rows, dtype=torch.int64, device=device)
+        results = [torch.zeros(most.num_rows, dtype=torch.int64) for _ in range(2)]
         self._results = [result.pin_memory() if is_pinned else result for result in results]
-        self._in_flight: list[Launch | None] = [None, None]
+        self._in_flight: list[DecodeLaunch | None] = [None, None]
         self._num_launches = 0
-        self._clear()
+        self._rows = rows_of([])  # of the last launch
         # Largest first: what the smaller ones need then fits into what is there.
-        self._replays = {bucket: self._record(step, bucket) for bucket in reversed(self.buckets)}
+        self._replays = {size: self._record(step, size) for size in sorted(sizes, reverse=True)}
 
     @property
     def max_rows(self) -> int:
-        """As many rows as the largest graph has."""
+        """As many rows as the largest graph that only decodes has."""
         return self.buckets[-1]
 
-    def launch(self, rows: Sequence[DecodeRow]) -> Launch:
+    def size_of(self, num_tokens: int, num_rows: int) -> Size | None:
+        """Return the smallest size there is for such a step; None if it is none for a graph."""
+        if num_tokens == num_rows:
+            return next((size for size in self.sizes if size.num_rows >= num_rows > 0), None)
+        return next((s for s in self.mixed_sizes if s.num_tokens >= num_tokens and s.num_rows > num_rows), None)
+
+    def launch(self, rows: Sequence[DecodeRow]) -> DecodeLaunch:
         """Ask the device for a step of `rows`, distinct slots; does not wait for it, nor for the last one."""
+        return self._launch(rows_of(rows), _earlier_ids(rows))
+
+    def follow(self, rows: Sequence[int], new_rows: Sequence[DecodeRow] = ()) -> DecodeLaunch:
+        """Ask for the step after the last one: these of its rows, each consuming what it samples there, then new ones.
+
+        A row that samples one of its stop ids there, or nothing, becomes padding. Costs the host little: what does not
+        change of a row is not touched.
+        """
+        sources = np.array(rows, np.int64)
+        following = self._rows[sources]
+        following["num_tokens"] = 1
+        following["sources"] = sources
+        following["positions"] += np.uint64(1)
+        if new_rows:
+            following = np.concatenate([following, rows_of(new_rows)])
+        return self._launch(following, _earlier_ids(new_rows))
+
+    def _launch(self, rows: Rows, earlier_ids: Sequence[int]) -> DecodeLaunch:
         turn = self._num_launches % 2
         if (before := self._in_flight[turn]) is not None:
             before.token_ids()  # its table and its result are about to be written over
-        bucket = bucket_of(len(rows), self.buckets)
-        self._host_tables[turn].fill(rows, bucket)
+        num_tokens, num_rows = len(rows) + len(earlier_ids), len(rows)
+        if (size := self.size_of(num_tokens, num_rows)) is None:
+            raise ValueError(f"no graph has {num_tokens} tokens of {num_rows} rows")
+        self._host_tables[turn].fill(rows, earlier_ids, size)
         self._table.data.copy_(self._host_tables[turn].data, non_blocking=True)
-        self._replays[bucket]()
-        result = self._results[turn][: len(rows)]
-        result.copy_(self._sampled[: len(rows)], non_blocking=True)
-        launch = Launch(result, self._graphs.mark())
+        self._replays[size]()
+        result = self._results[turn][:num_rows]
+        result.copy_(self._sampled[:num_rows], non_blocking=True)
+        launch = DecodeLaunch(result, self._graphs.mark())
         self._in_flight[turn] = launch
         self._num_launches += 1
+        self._rows = rows
         return launch
 
-    def _clear(self) -> None:
-        """Let the table hold nothing but padding, so that recording touches no state."""
-        self._host_tables[0].fill([], self.max_rows)
+    def _record(self, step: DecodeStep, size: Size) -> Callable[[], None]:
+        """Record with nothing but padding in the table, so that no state is touched."""
+        self._host_tables[0].fill(self._rows, (), size)
         self._table.data.copy_(self._host_tables[0].data)
-
-    def _record(self, step: DecodeStep, bucket: int) -> Callable[[], None]:
-        fields = self._table.first(bucket)
+        fields = self._table.first(size)
 
         def run() -> None:
-            self._sampled[:bucket].copy_(step(fields, self._sampled))
+            self._sampled[: size.num_rows].copy_(step(fields, self._sampled))
 
         return self._graphs.record(run)
+
+
+def _earlier_ids(rows: Sequence[DecodeRow]) -> list[int]:
+    return list(chain.from_iterable(row.earlier_ids for row in rows if row.earlier_ids))
 
 
 def buckets_for(max_rows: int) -> tuple[int, ...]:
@@ -200,21 +343,28 @@ def buckets_for(max_rows: int) -> tuple[int, ...]:
     return BUCKETS[:needed]
 
 
-def bucket_of(num_rows: int, buckets: Sequence[int]) -> int:
-    """Return the smallest of the rising `buckets` that holds `num_rows`; raises `ValueError` where none does."""
-    if num_rows < 1:
-        raise ValueError("a step needs a row")
-    for bucket in buckets:
-        if bucket >= num_rows:
-            return bucket
-    raise ValueError(f"{num_rows} rows do not fit into {buckets[-1]}")
+def mixed_sizes_for(max_rows: int, max_tokens: int) -> list[Size]:
+    """Return the sizes to record so that steps of prompts fit, with a row to spare for padding; rising.
+
+    None has as many tokens as rows: to the operators that is a step that only decodes.
+    """
+    most_rows = -(-(max_rows + 1) // 16) * 16
+    rows = [*(bucket for bucket in MIXED_ROWS if bucket < most_rows), most_rows]
+    wanted = max(max_tokens, most_rows + 1)
+    tokens = MIXED_TOKENS[: sum(bucket < wanted for bucket in MIXED_TOKENS) + 1]
+    return [Size(num_tokens, num_rows) for num_tokens in tokens for num_rows in rows if num_rows < num_tokens]
 
 
-def consumed_ids(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-    """Return what each row consumes. A source that sampled nothing counts as id 0: its own output says it is broken."""
-    sources = fields["sources"]
-    sampled = last_sampled.index_select(0, sources.clamp(min=0)).clamp_(min=0)
-    return torch.where(sources >= 0, sampled, fields["token_ids"])
+def consumed(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> InputBatch:
+    """Return what a step consumes; the slot of a row whose source ended or sampled nothing is padding's."""
+    sources, starts = fields["sources"], fields["starts"]
+    last_tokens = starts[1:] - 1  # an empty row's is some other's, or padding's: its slot says that nobody looks at it
+    follows = sources >= 0
+    sampled = last_sampled.index_select(0, sources.clamp(min=0))
+    token_ids = torch.where(follows, sampled.clamp(min=0), fields["token_ids"])
+    may_end, ending = follows.index_select(0, last_tokens), sampled.index_select(0, last_tokens)
+    has_ended = may_end & ((ending < 0) | (ending[:, None] == fields["stop_ids"]).any(dim=1))
+    return InputBatch(token_ids, fields["slots"].masked_fill(has_ended, PADDING_SLOT), starts, last_tokens)
 
 
 def can_record(config: ModelConfig) -> bool:
@@ -228,19 +378,11 @@ def triton_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> D
     """Return the step on the Triton operators: the host reads nothing from the device and gives it no values."""
     from kernels.triton.sampling import SamplingRows, sample_rows
 
-    rows_and_one = torch.arange(BUCKETS[-1] + 1, device=model.device)
-
     def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        num_rows = len(fields["slots"])
-        batch = InputBatch(
-            token_ids=consumed_ids(fields, last_sampled),
-            slots=fields["slots"],
-            starts=rows_and_one[: num_rows + 1],
-            output_rows=rows_and_one[:num_rows],
-        )
+        batch = consumed(fields, last_sampled)
         logits = model.logits(model.forward(batch, pool))
         logits.index_fill_(1, forbidden_ids, -torch.inf)
         parameters = (fields[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform"))
-        return sample_rows(logits, SamplingRows(*parameters))
+        return sample_rows(logits, SamplingRows(*parameters)).masked_fill_(batch.slots < 0, NOTHING_SAMPLED)
 
     return step

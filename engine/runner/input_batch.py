@@ -23,14 +23,16 @@ class InputBatch:
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], device: torch.device) -> InputBatch:
         """Pack `chunks`, none of them empty."""
-        starts = list(accumulate((len(chunk.token_ids) for chunk in chunks), initial=0))
-        last = (end - 1 for end in starts[1:])
-        targets = (start + i for start, chunk in zip(starts, chunks, strict=False) for i, _ in targets_of(chunk))
+        starts = list(accumulate([len(chunk.token_ids) for chunk in chunks], initial=0))
+        output_rows = [end - 1 for end in starts[1:]]
+        for start, chunk in zip(starts, chunks, strict=False):
+            if chunk.target_ids is not None:
+                output_rows += [start + i for i, _ in targets_of(chunk)]
         return cls(
-            token_ids=_tensor(chain.from_iterable(chunk.token_ids for chunk in chunks), device),
-            slots=_tensor((chunk.slot for chunk in chunks), device),
+            token_ids=_tensor(chain.from_iterable([chunk.token_ids for chunk in chunks]), device),
+            slots=_tensor([chunk.slot for chunk in chunks], device),
             starts=_tensor(starts, device),
-            output_rows=_tensor(chain(last, targets), device),
+            output_rows=_tensor(output_rows, device),
         )
 
 

@@ -6,9 +6,11 @@ Knows a model, a pool and a sampler; not why a chunk is asked for. Everything he
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import torch
+from msgspec.structs import replace
 
 import kernels
 from engine.config import EngineConfig
@@ -20,7 +22,7 @@ from engine.runner.grammars import Allowed
 from engine.runner.input_batch import InputBatch, targets_of
 from engine.runner.logprobs import report_logprobs
 from engine.runner.penalties import PenaltyCounters
-from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
 from engine.runner.sampler import restrict, sample, truncate
 from engine.state.pool import StatePool
 from engine.state.spec import RecurrentState
@@ -36,8 +38,7 @@ SMALL_FILE_BYTES = 32 << 20
 BROKEN = "the row became NaN or infinite"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A chunk and what was found out about it before the model runs."""
 
     chunk: Chunk  # what is run of it; it samples only what may be sampled
@@ -81,7 +82,7 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the thread's current one
         if can_record(model.config):
-            return GraphModelRunner(model, num_slots, forbidden_ids(model))
+            return GraphModelRunner(model, num_slots, forbidden_ids(model), config.max_num_batched_tokens)
     return TorchModelRunner(model, num_slots, forbidden_ids(model))
 
 
@@ -123,12 +124,27 @@ class TorchModelRunner:
         self.pool.copy(source, target)
 
     def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
-        """Return the slot's state in host memory; the slot may be reused at once."""
+        """Return the slot's state, on its way to host memory; the slot may be reused at once."""
         return self.pool.save(slot, num_tokens, chain)
 
-    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launch:
+        """Return the step, which runs when its output is asked for."""
+        return _Deferred(lambda: self._step(plan))
+
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Say no: no step's output can be waited for while another one runs."""
+        return False
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Refuse."""
+        raise ValueError("this runner's steps are read one by one")
+
     def step(self, plan: StepPlan) -> StepOutput:
-        """Consume every chunk, advance its slot in place, sample where asked."""
+        """Launch and wait."""
+        return self.launch(plan).output()
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> StepOutput:
         self._check_slots(plan)
         rows = [self._row(chunk) for chunk in plan.chunks]
         sound = [row for row in rows if row.answer is None]
@@ -158,10 +174,16 @@ class TorchModelRunner:
 
     def _problem(self, chunk: Chunk) -> str | None:
         """Say why the chunk cannot be run, if it cannot."""
+        if self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids) and not _names_more_ids(chunk):
+            return None
         ids = [*chunk.token_ids, *(target for _, target in targets_of(chunk)), *chunk.stop_token_ids]
         ids += chunk.sampling.logit_bias if chunk.sampling else ()
         bad = next((token_id for token_id in ids if not 0 <= token_id < self.vocab_size), None)
         return None if bad is None else f"token id {bad} is not in [0, {self.vocab_size})"
+
+    def _knows(self, ids: Sequence[int]) -> bool:
+        """Say whether all `ids` are the vocabulary's."""
+        return not ids or (min(ids) >= 0 and max(ids) < self.vocab_size)
 
     def _run(self, rows: Sequence[Row]) -> list[ChunkOutput]:
         chunks = [row.chunk for row in rows]
@@ -234,6 +256,8 @@ class TorchModelRunner:
         self, hidden: torch.Tensor, chunks: Sequence[Chunk]
     ) -> list[list[TokenLogprobs | None] | None]:
         """Return what each chunk asked about its targets; `hidden[R, C]` are the rows before them, in order."""
+        if all(chunk.num_prompt_logprobs is None for chunk in chunks):
+            return [None] * len(chunks)
         asked = [(target, chunk.num_prompt_logprobs or 0) for chunk in chunks for _, target in targets_of(chunk)]
         found = self._target_logprobs(hidden, asked)
         reported: list[list[TokenLogprobs | None] | None] = []
@@ -250,6 +274,18 @@ class TorchModelRunner:
             target_ids, nums_top = zip(*asked[begin : begin + tile], strict=True)
             logits = self.model.logits(hidden[begin : begin + tile])
             yield from report_logprobs(logits, target_ids, nums_top, self._forbidden_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """Implements `Launch` where a step occupies the thread that asks for it."""
+
+    output: Callable[[], StepOutput]
+    can_be_followed: bool = False
+
+
+def _names_more_ids(chunk: Chunk) -> bool:
+    return chunk.target_ids is not None or (chunk.sampling is not None and bool(chunk.sampling.logit_bias))
 
 
 def _followed(chunk: Chunk, output: ChunkOutput) -> ChunkOutput:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.runner.grammars import GrammarMatcher
 from engine.state.spec import RecurrentState, StateSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """The tokens one slot consumes in this step. A decode is a chunk of length one."""
 
     slot: int
@@ -40,7 +41,14 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkOutput:
+class FollowingPlan:
+    """What the step after one in flight runs: of its chunks `rows` go on, each with the token that it samples there."""
+
+    rows: Sequence[int]
+    chunks: Sequence[Chunk] = ()  # beside them, in slots of their own
+
+
+class ChunkOutput(msgspec.Struct, frozen=True, gc=False):
     """What one chunk brought, in the plan's order."""
 
     token_id: int | None = None  # sampled, if asked for
@@ -58,18 +66,45 @@ class StepOutput:
     chunks: Sequence[ChunkOutput]
 
 
+class Launch(Protocol):
+    """A step that was asked of the device."""
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether `ModelRunner.can_follow` need be asked before `output` was."""
+        ...
+
+    def output(self) -> StepOutput:
+        """Wait for the step; raises what went wrong with it as a whole."""
+        ...
+
+
 class ModelRunner(Protocol):
     """The device, seen from the scheduler: numbered slots that hold states, and steps that advance them.
 
-    Called from the engine's one thread.
+    Called from the engine's one thread. What is asked of the device happens in the order in which it is asked for, so a
+    slot may be given to somebody else while steps that name it are still on their way.
     """
 
     spec: StateSpec
     num_slots: int  # the last one is the runner's own, for padding
     vocab_size: int
 
-    def step(self, plan: StepPlan) -> StepOutput:
-        """Consume every chunk, advance its slot in place, sample where asked."""
+    def launch(self, plan: StepPlan) -> Launch:
+        """Have every chunk consumed, its slot advanced in place, and tokens sampled where asked."""
+        ...
+
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Say whether `follow` can be called so."""
+        ...
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Launch the step after the last one launched, which has not been read and can be followed.
+
+        Of its chunks `rows` go on, in this order, each with the token that it samples there. One that samples a stop
+        token or fails does not go on: its slot keeps the state it has then, and its output here means nothing. After
+        the rows come `chunks`, as in any plan.
+        """
         ...
 
     def start(self, slot: int) -> None:
@@ -89,5 +124,5 @@ class ModelRunner(Protocol):
         ...
 
     def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
-        """Return the slot's state in host memory; the slot may be reused at once."""
+        """Return the slot's state, on its way to host memory; the slot may be reused at once."""
         ...

@@ -24,11 +24,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import kernels
 from engine.messages import SamplingParams
 from engine.runner.grammars import Allowed
+
+Words = npt.NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
 
@@ -102,6 +105,24 @@ def _cut_by_surprise(logits: torch.Tensor, mass: float) -> None:
 def uniform(seed: int, position: int) -> float:
     """Return the number in [0, 1) that picks the token at `position`: two rounds of splitmix64 over both."""
     return (_splitmix64(_splitmix64(seed) ^ (position & _MASK)) >> 16) * 2.0**-48
+
+
+def uniforms(hashed_seeds: Words, positions: Words) -> npt.NDArray[np.float64]:
+    """Return for each row what `uniform` returns, bit for bit; the seeds have been through `hash_seeds`."""
+    return (_splitmix64_words(hashed_seeds ^ positions) >> np.uint64(16)).astype(np.float64) * np.float64(2.0**-48)
+
+
+def hash_seeds(seeds: Words) -> Words:
+    """Return the first of the two rounds, which does not depend on the position."""
+    return _splitmix64_words(seeds)
+
+
+def _splitmix64_words(values: Words) -> Words:
+    """As `_splitmix64`: words of 64 bits wrap around by themselves."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def _splitmix64(value: int) -> int:

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.messages import TokenLogprobs
 from engine.scheduler.stop_matcher import StopMatcher
@@ -31,8 +31,7 @@ class ByteVocabulary(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token and, when asked for, its log-probabilities."""
 
     token_id: int
@@ -53,7 +52,7 @@ class OutputGate:
 
     def __init__(self, vocabulary: ByteVocabulary, stop_strings: Iterable[bytes]) -> None:
         self._vocabulary = vocabulary
-        self._matcher = StopMatcher(stop_strings)
+        self._matcher = StopMatcher(strings) if (strings := list(stop_strings)) else None
         self._held: deque[tuple[SampledToken, bytes]] = deque()
         self._num_held_bytes = 0
 
@@ -65,6 +64,8 @@ class OutputGate:
     def push(self, token: SampledToken) -> tuple[list[SampledToken], StopMatch | None]:
         """Take the next token; returns the tokens that are released now, in order, and the match if there is one."""
         data = self._vocabulary.token_bytes(token.token_id)
+        if self._matcher is None:
+            return [token], None
         self._held.append((token, data))
         self._num_held_bytes += len(data)
         match = self._matcher.push(data)

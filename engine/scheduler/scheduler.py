@@ -7,16 +7,18 @@ begin at a state that others left. Called from the engine's one thread.
 What is promised, whatever clients do: no slot has two owners; every sequence that was submitted ends exactly once; a
 step never exceeds its token budget; a sequence that generates is in every step; a kept state has consumed exactly the
 source, the prompt (up to a border, if it was left there) and the delivered tokens; who waits for another's state waits
-for a sequence that runs, and no longer.
+for a sequence that runs, and no longer. All of it holds, token for token and bit for bit, where steps are launched
+before the tokens of the last one are known.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -41,10 +43,10 @@ from engine.messages import (
     SequenceStarted,
 )
 from engine.runner.grammars import GrammarMatcher
-from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepOutput, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, FollowingPlan, ModelRunner, StepOutput, StepPlan
 from engine.scheduler.output_gate import ByteVocabulary
 from engine.scheduler.prefixes import Prefixes
-from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot
+from engine.scheduler.sequence import Origin, Phase, Sequence, SequenceKey, Snapshot, following
 from engine.scheduler.slots import Slots
 from engine.scheduler.validation import validate
 from engine.state.hot_states import HotStates
@@ -61,6 +63,27 @@ _FAILURES = {
 MAX_COMPILE_SECONDS = 10.0  # for a grammar, with those before it; then its sequence waits no longer
 
 SequenceEvent = SequenceStarted | SequenceOutput | SequenceFailed
+Row = tuple[Sequence, Chunk]
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """Tokens that the sequences of one step consumed."""
+
+    num_sequences: int = 0
+    num_decode: int = 0
+    num_prefill: int = 0
+    num_settled: int = 0  # by sequences that have ended for their clients
+
+    def count(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count what the sequence has consumed, before it takes note of it."""
+        self.num_sequences += 1
+        if sequence.is_decoding:
+            self.num_decode += num_tokens
+        elif sequence.phase is Phase.SETTLING:
+            self.num_settled += num_tokens
+        else:
+            self.num_prefill += num_tokens
 
 
 class Scheduler:
@@ -101,7 +124,7 @@ class Scheduler:
         self._seated: list[Sequence] = []  # have a slot, in order of admission
         self._compiling: dict[Sequence, Future[GrammarMatcher]] = {}  # of those who wait
         self._loading: dict[Sequence, Future[RecurrentState]] = {}
-        self._rows: list[tuple[Sequence, Chunk]] = []  # of the step in progress
+        self._in_flight: deque[list[Row]] = deque()  # steps that are launched and not read, oldest first
         self._events: list[tuple[bytes, SequenceEvent]] = []
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -129,14 +152,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `schedule` would plan something now, without waiting for anyone."""
-        if any(sequence.phase is not Phase.LOADING for sequence in self._seated):
-            return True
-        return self._num_free_seats > 0 and any(self._is_admissible(s, self._expected) for s in self._waiting.values())
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens of the step in progress that belong to sequences which generate."""
-        return sum(len(chunk.token_ids) for sequence, chunk in self._rows if sequence.is_decoding)
+        return any(sequence.phase is not Phase.LOADING for sequence in self._seated) or self._may_admit()
 
     def is_settling(self, chain: bytes) -> bool:
         """Say whether the state behind `chain` is about to become final."""
@@ -202,77 +218,118 @@ class Scheduler:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Give free slots to those who wait, and plan the next step; the plan is empty if nobody can run."""
-        self._prefixes.advance()
-        self._take_matchers()
-        self._place_loaded()
-        self._admit()
-        self._take_snapshots()
-        self._rows = self._pick_rows()
-        return StepPlan([chunk for _, chunk in self._rows])
+        """With no step in flight: give free slots to those who wait, and plan the next; it is empty if nobody can run.
 
-    def update(self, output: StepOutput) -> None:
-        """Take note of what the planned step brought."""
-        rows, self._rows = self._rows, []
+        A plan that is not empty is in flight: `update` or `fail_step` must be told what became of it.
+        """
+        assert not self._in_flight
+        self._prefixes.advance()
+        self._seat_arrivals()
+        self._take_snapshots()
+        if rows := self._pick_rows(self._seated, self._config.max_num_batched_tokens):
+            self._in_flight.append(rows)
+        return StepPlan([chunk for _, chunk in rows])
+
+    def follow(self) -> FollowingPlan | None:
+        """Plan the step after the one in flight before its tokens are known: which of its rows go on, and who joins.
+
+        There is none where what a row does next depends on its token, or where the runner cannot join those who would.
+        A row that does not go on for what it sampled, a stop token or none, is the runner's to hold back. The row of a
+        sequence that ends otherwise is ignored: nobody wants its state. A prompt that is not at its end, or leaves a
+        state, is in every other step only: what it does is known when the step that it is in has been read.
+        """
+        self._prefixes.advance()
+        (rows,) = self._in_flight
+        going = []
+        for index, (sequence, chunk) in enumerate(rows):
+            if sequence.phase is Phase.FINISHED:
+                continue
+            if (goes_on := sequence.goes_on(len(chunk.token_ids))) is None:
+                return None
+            if goes_on:
+                going.append(index)
+        self._seat_arrivals()
+        in_flight = {sequence for sequence, _ in rows}
+        others = [sequence for sequence in self._seated if sequence not in in_flight]
+        joining = self._pick_rows(others, self._config.max_num_batched_tokens - len(going))
+        chunks = [chunk for _, chunk in joining]
+        if not (going or chunks) or not self._runner.can_follow(going, chunks):
+            return None
+        self._in_flight.append([(rows[index][0], following(rows[index][1])) for index in going] + joining)
+        return FollowingPlan(going, chunks)
+
+    def update(self, output: StepOutput) -> StepTokens:
+        """Take note of what the oldest step in flight brought."""
+        rows = self._in_flight.popleft()
         self.num_faults_in_a_row = 0
+        tokens = StepTokens()
         for (sequence, chunk), chunk_output in zip(rows, output.chunks, strict=True):
+            if sequence.phase is Phase.FINISHED:  # since the step was launched
+                continue
             try:
-                self._advance(sequence, chunk, chunk_output)
+                self._advance(sequence, chunk, chunk_output, tokens)
             except Exception as error:  # a fault of one row is that row's alone
                 _log.exception("a sequence broke")
                 self._fail(sequence, "engine_error", f"the engine could not go on with this sequence: {error}")
+        self.counters["rwkv_decode_tokens_total"] += tokens.num_decode
+        self.counters["rwkv_prefill_tokens_total"] += tokens.num_prefill
+        self.counters["rwkv_settled_tokens_total"] += tokens.num_settled
+        return tokens
 
     def fail_step(self, error: Exception) -> None:
-        """The planned step raised: whoever was in it has a state of unknown contents and has failed."""
-        rows, self._rows = self._rows, []
+        """A step in flight raised: whoever is in one has a state of unknown contents and has failed."""
         self.num_faults_in_a_row += 1
-        for sequence, _ in rows:
-            self._fail(sequence, "engine_error", f"the step failed: {error}")
+        steps, self._in_flight = self._in_flight, deque()
+        for sequence in dict.fromkeys(sequence for rows in steps for sequence, _ in rows):
+            if sequence.phase is not Phase.FINISHED:
+                self._fail(sequence, "engine_error", f"the step failed: {error}")
 
-    def _pick_rows(self) -> list[tuple[Sequence, Chunk]]:
+    def _seat_arrivals(self) -> None:
+        """Begin whoever can begin now."""
+        self._take_matchers()
+        self._place_loaded()
+        self._admit()
+
+    def _pick_rows(self, sequences: Iterable[Sequence], budget: int) -> list[Row]:
         """Choose one token of everyone who has one to go, then prompts in order of admission while the budget lasts.
 
         The budget has room for a token a seat, so prompts get at least what their own seats are worth.
         """
-        ready = [sequence for sequence in self._seated if sequence.phase is not Phase.LOADING]
-        ready.sort(key=lambda sequence: sequence.num_pending > 1)
-        budget = self._config.max_num_batched_tokens
-        rows = []
-        for sequence in ready:
-            num_tokens = min(sequence.num_runnable, budget)
-            if num_tokens:
+        rows: list[Row] = []
+        prompts = []
+        for sequence in sequences:
+            if (num_pending := sequence.num_pending) > 1:
+                prompts.append(sequence)
+            elif num_pending:
+                rows.append((sequence, sequence.next_chunk(1)))
+        budget -= len(rows)
+        for sequence in prompts:
+            if num_tokens := min(sequence.num_runnable, budget):
                 rows.append((sequence, sequence.next_chunk(num_tokens)))
                 budget -= num_tokens
         return rows
 
-    def _advance(self, sequence: Sequence, chunk: Chunk, output: ChunkOutput) -> None:
+    def _advance(self, sequence: Sequence, chunk: Chunk, output: ChunkOutput, tokens: StepTokens) -> None:
         if output.failed is not None:
             self._fail(sequence, "numerical_error", output.failed)
             return
         if output.grammar_error is not None:
             self._refuse(sequence, InvalidRequest("grammar", output.grammar_error))
             return
-        self._count_tokens(sequence, chunk)
+        tokens.count(sequence, len(chunk.token_ids))
         event = sequence.advance(chunk, output)
         if event is not None:
-            self._emit(sequence, event)
-        if event is not None and event.finish_reason is not None:
-            self._end(sequence, event.finish_reason)
-        elif sequence.phase is Phase.SETTLING and sequence.num_pending == 0:
-            self._keep(sequence)
-        elif (border := sequence.reach_border()) is not None:
-            self._prefixes.keep(sequence, self._runner.save(chunk.slot, border.num_tokens, border.chain))
-        elif sequence.has_stale_snapshot:
-            self._drop_snapshot(sequence)
-
-    def _count_tokens(self, sequence: Sequence, chunk: Chunk) -> None:
-        num_tokens = len(chunk.token_ids)
+            self._events.append((sequence.client, event))
+            if event.finish_reason is not None:
+                self._end(sequence, event.finish_reason)
+                return
         if sequence.phase is Phase.SETTLING:
-            self.counters["rwkv_settled_tokens_total"] += num_tokens
-        elif sequence.is_decoding:
-            self.counters["rwkv_decode_tokens_total"] += num_tokens
-        else:
-            self.counters["rwkv_prefill_tokens_total"] += num_tokens
+            if sequence.num_pending == 0:
+                self._keep(sequence)
+        elif sequence.borders_to_keep and (border := sequence.reach_border()) is not None:
+            self._prefixes.keep(sequence, self._runner.save(chunk.slot, border.num_tokens, border.chain))
+        elif sequence.snapshot is not None and sequence.has_stale_snapshot:
+            self._drop_snapshot(sequence)
 
     # -- admission, and the state before the prompt -------------------------------------------------------------------
 
@@ -282,14 +339,17 @@ class Scheduler:
 
     def _take_matchers(self) -> None:
         """Note whose grammar is compiled; refuse those whose grammar cannot be, or takes too long."""
-        overdue_since = self._clock() - MAX_COMPILE_SECONDS
         for sequence, future in list(self._compiling.items()):
             if future.done():
                 del self._compiling[sequence]
                 self._take_matcher(sequence, future)
-            elif sequence.arrived_at < overdue_since:
-                complaint = f"grammar was not compiled within {MAX_COMPILE_SECONDS:g} seconds"
-                self._refuse(sequence, InvalidRequest("grammar", complaint))
+        for sequence in self._overdue_compilations():
+            complaint = f"grammar was not compiled within {MAX_COMPILE_SECONDS:g} seconds"
+            self._refuse(sequence, InvalidRequest("grammar", complaint))
+
+    def _overdue_compilations(self) -> list[Sequence]:
+        overdue_since = self._clock() - MAX_COMPILE_SECONDS
+        return [sequence for sequence in self._compiling if sequence.arrived_at < overdue_since]
 
     def _take_matcher(self, sequence: Sequence, future: Future[GrammarMatcher]) -> None:
         try:
@@ -299,6 +359,13 @@ class Scheduler:
         except Exception as error:
             _log.exception("a grammar could not be compiled")
             self._fail(sequence, "engine_error", f"the grammar could not be compiled: {error}")
+
+    def _may_admit(self) -> bool:
+        """Say whether there is a seat for somebody who waits."""
+        if not self._waiting or self._num_free_seats <= 0:
+            return False
+        expected = self._expected
+        return any(self._is_admissible(sequence, expected) for sequence in self._waiting.values())
 
     def _admit(self) -> None:
         """Seat those who wait, by priority and then in order of arrival.

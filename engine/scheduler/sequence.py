@@ -90,6 +90,8 @@ class Sequence:
         self._tape_start = request.source.num_tokens  # tokens of the history before the tape
         self._prompt_start = self._prompt_end = 0  # where the prompt lies on the tape
         self._num_intact: int | None = None  # where the ended tape departs from what was sampled; None: nowhere
+        self._stop = request.stop
+        self._may_overshoot = request.keep_state and bool(request.stop.stop_strings)
         self._gate = OutputGate(vocabulary, request.stop.stop_strings)
 
     @property
@@ -129,14 +131,25 @@ class Sequence:
         """Whether the next token to be consumed, and only it, is held back, and the state before it may be wanted."""
         return self._may_overshoot and self.phase is Phase.RUNNING and self._gate.num_held == 1 == self.num_pending
 
+    def goes_on(self, num_tokens: int) -> bool | None:
+        """Say whether it consumes the token sampled after those in flight in the very next step, unless that ends it.
+
+        None: that depends on the token, and it must not be left out of that step. The last of `max_tokens` is consumed
+        only where the state is kept: so it settles.
+        """
+        if len(self.tape) - self.cursor > num_tokens or self.phase is Phase.SETTLING:
+            return False
+        stop = self._stop
+        if self.matcher is not None or self._may_overshoot or not stop.max_tokens:
+            return None
+        if self.num_sampled < stop.min_tokens and stop.stop_token_ids:
+            return None  # they are not sampled yet
+        return self.request.keep_state or self.num_sampled + 1 < stop.max_tokens
+
     @property
     def has_stale_snapshot(self) -> bool:
         """Whether there is a snapshot and nothing is held back any more."""
         return self.snapshot is not None and self._gate.num_held == 0
-
-    @property
-    def _may_overshoot(self) -> bool:
-        return self.request.keep_state and bool(self.request.stop.stop_strings)
 
     def begin(self, origin: Origin) -> None:
         """Lay out the tape, now that the slot has the origin's state."""
@@ -155,9 +168,9 @@ class Sequence:
         """Return the next pending tokens as a chunk; one that ends a running sequence's tape samples the next token."""
         assert self.slot is not None
         end = self.cursor + num_tokens
-        samples = self.phase is Phase.RUNNING and end == len(self.tape) and self.request.stop.max_tokens > 0
+        stop = self._stop
+        samples = self.phase is Phase.RUNNING and end == len(self.tape) and stop.max_tokens > 0
         targets = self._prompt_targets(end)
-        stop = self.request.stop
         return Chunk(
             slot=self.slot,
             token_ids=self.tape[self.cursor : end],
@@ -179,10 +192,7 @@ class Sequence:
         start, self.cursor = self.cursor, self.cursor + len(chunk.token_ids)
         if self.phase is Phase.SETTLING:
             return None
-        if self.request.keep_state:
-            prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
-            self.chain = extend_digest(self.chain, prompt_ids)
-        prompt_logprobs = self._prompt_logprobs(start, chunk, output)
+        prompt_logprobs = self._consume_prompt(start, chunk, output) if start < self._prompt_end else None
         if chunk.sampling is not None:
             if output.token_id is None:
                 assert output.is_complete
@@ -206,6 +216,13 @@ class Sequence:
     def rewind(self, cursor: int) -> None:
         """Go back to where `tape[:cursor]` was consumed: the slot has that state again."""
         self.cursor = cursor
+
+    def _consume_prompt(self, start: int, chunk: Chunk, output: ChunkOutput) -> list[TokenLogprobs | None] | None:
+        """Take note of the prompt tokens right of `start` that were consumed; returns what was asked about them."""
+        if self.request.keep_state:
+            prompt_ids = self.tape[max(start, self._prompt_start) : min(self.cursor, self._prompt_end)]
+            self.chain = extend_digest(self.chain, prompt_ids)
+        return self._prompt_logprobs(start, chunk, output)
 
     def _prompt_targets(self, end: int) -> list[int | None] | None:
         """Return what follows each pending token up to `end` where that is a prompt token, but not the first."""
@@ -231,8 +248,9 @@ class Sequence:
     ) -> SequenceOutput | None:
         """Take the next token; `is_complete` says that the grammar allows none after it."""
         self.num_sampled += 1
-        may_stop = self.num_sampled > self.request.stop.min_tokens
-        if may_stop and token.token_id in self.request.stop.stop_token_ids:
+        stop = self._stop
+        may_stop = self.num_sampled > stop.min_tokens
+        if may_stop and token.token_id in stop.stop_token_ids:
             output = self._output(self._gate.flush(), prompt_logprobs, FinishReason.STOP, token.token_id)
             return msgspec.structs.replace(output, stop_logprobs=token.logprobs)
         self.tape.append(token.token_id)
@@ -242,7 +260,7 @@ class Sequence:
             return self._output(released + match.remnant, prompt_logprobs, FinishReason.STOP, match.stop_string)
         if is_complete:
             return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.STOP)
-        if self.num_sampled == self.request.stop.max_tokens:
+        if self.num_sampled == stop.max_tokens:
             return self._output(released + self._gate.flush(), prompt_logprobs, FinishReason.LENGTH)
         return self._output(released, prompt_logprobs) if released or prompt_logprobs else None
 
@@ -259,15 +277,18 @@ class Sequence:
         finish_reason: FinishReason | None = None,
         stop_reason: int | bytes | None = None,
     ) -> SequenceOutput:
-        token_ids = [token.token_id for token in delivered]
+        request = self.request
+        token_ids = [token_id for token_id, _ in delivered]
         self.num_delivered += len(token_ids)
-        if self.request.keep_state:
+        if request.keep_state:
             self.chain = extend_digest(self.chain, token_ids)
+        if finish_reason is None and prompt_logprobs is None and request.sampling.num_logprobs is None:
+            return SequenceOutput(request_id=request.request_id, token_ids=token_ids)
         logprobs = [token.logprobs for token in delivered if token.logprobs is not None]
         return SequenceOutput(
-            request_id=self.request.request_id,
+            request_id=request.request_id,
             token_ids=token_ids,
-            logprobs=logprobs if self.request.sampling.num_logprobs is not None else None,
+            logprobs=logprobs if request.sampling.num_logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
@@ -280,3 +301,10 @@ class Sequence:
         keeps_all = self.request.keep_state and reason is not FinishReason.ABORT
         num_kept = len(self.request.prompt_ids) if keeps_all else self.num_kept
         return max(0, num_kept - self.origin.num_cached)
+
+
+def following(chunk: Chunk) -> Chunk:
+    """Return what consumes the token that `chunk` samples: for who takes note of it later, so that it has no id yet."""
+    if len(chunk.token_ids) == 1 and chunk.target_ids is None:
+        return chunk
+    return msgspec.structs.replace(chunk, token_ids=(-1,), num_replayed=0, target_ids=None)

@@ -27,11 +27,12 @@ _LENGTH = struct.Struct("<Q")
 
 
 def encode_state(state: RecurrentState, spec: StateSpec) -> bytearray:
-    """Return `state` as one checkpoint; equal states give equal bytes.
+    """Return `state` as one checkpoint, once it has arrived; equal states give equal bytes.
 
     Raises `ValueError` if it does not fit `spec`.
     """
     _check_fits(state, spec)
+    state.wait()
     metadata = _metadata(spec, state.num_tokens, state.chain)
     header_size = len(_header(spec, metadata, digest="0" * 64))
     blob = bytearray(header_size + spec.num_bytes)

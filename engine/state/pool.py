@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.state.spec import RecurrentState, StateSpec
+from engine.state.transfers import Transfers, transfers_of
 
 
 class StatePool:
@@ -14,10 +15,13 @@ class StatePool:
     to the scheduler. Used from the engine's one thread.
     """
 
-    def __init__(self, spec: StateSpec, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, spec: StateSpec, num_slots: int, device: torch.device, transfers: Transfers | None = None
+    ) -> None:
         if any(tensor.dtype != torch.float32 for tensor in spec.tensors):
             raise ValueError("the pool keeps float32 states")
         self.spec = spec
+        self._transfers = transfers or transfers_of(device)
         self.num_slots = num_slots
         self.scratch_slot = num_slots - 1
         self._data = torch.zeros(num_slots, spec.num_bytes // 4, device=device)  # [S, P]
@@ -30,21 +34,23 @@ class StatePool:
         self._data[slot].zero_()
 
     def load(self, slot: int, state: RecurrentState) -> None:
-        """Give the slot a state that lay in host memory; raises `ValueError` if it does not fit, before any write."""
+        """Give the slot a state that lies in host memory, or will; raises `ValueError` if it does not fit."""
         expected = {tensor.name: (torch.Size(tensor.shape), tensor.dtype) for tensor in self.spec.tensors}
         if {name: (tensor.shape, tensor.dtype) for name, tensor in state.tensors.items()} != expected:
             raise ValueError("the state's tensors are not those of this pool")
+        if state.arrival is not None:
+            state.arrival.wait_on_device()
         for name, view in split_state(self._data[slot], self.spec).items():
-            view.copy_(state.tensors[name])
+            view.copy_(state.tensors[name], non_blocking=True)
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` equal to `source`, on the device."""
         self._data[target].copy_(self._data[source])
 
     def save(self, slot: int, num_tokens: int, chain: bytes) -> RecurrentState:
-        """Return a copy of the slot's state in host memory; the slot may be reused at once."""
-        row = self._data[slot].to("cpu", copy=True)
-        return RecurrentState(num_tokens, chain, split_state(row, self.spec))
+        """Return a copy of the slot's state, on its way to host memory; the slot may be reused at once."""
+        row, arrival = self._transfers.to_host(self._data[slot])
+        return RecurrentState(num_tokens, chain, split_state(row, self.spec), arrival)
 
 
 def split_state(data: torch.Tensor, spec: StateSpec) -> dict[str, torch.Tensor]:

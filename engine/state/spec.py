@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -38,16 +39,34 @@ class StateSpec:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
+class Arrival(Protocol):
+    """When a state is in host memory, whose copy was only asked for. May be waited for in any thread."""
+
+    def wait(self) -> None:
+        """Return when it is there; raises if it never will be."""
+        ...
+
+    def wait_on_device(self) -> None:
+        """Let the device, and not the caller, wait before it does what it is asked for from now on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RecurrentState:
     """The state that has consumed exactly the `num_tokens` tokens behind `chain`.
 
-    Lives in host memory and never changes once made.
+    Lives in host memory and never changes once it has arrived there.
     """
 
     num_tokens: int
     chain: bytes
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # read them after `wait`
+    arrival: Arrival | None = field(default=None, compare=False)  # None: they are there
+
+    def wait(self) -> None:
+        """Return when the tensors may be read."""
+        if self.arrival is not None:
+            self.arrival.wait()
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +76,7 @@ class RecurrentState:
     @property
     def is_finite(self) -> bool:
         """Whether all of it are numbers: no model makes anything else."""
+        self.wait()
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors.values())
 
     def matches(self, wanted: StateSource | CheckpointRef) -> bool:

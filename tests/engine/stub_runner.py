@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
 from engine.runner.grammars import GrammarMatcher
-from engine.runner.plan import Chunk, ChunkOutput, StepOutput, StepPlan
+from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
 from engine.state.spec import RecurrentState, StateSpec, TensorSpec
 
 MAX_TOKENS = 2048
@@ -61,8 +62,27 @@ class DeviceFault(Exception):
     """What a broken device raises."""
 
 
+@dataclass
+class StubLaunch:
+    """A step that was run, and whose output nobody has looked at."""
+
+    chunks: list[Chunk]
+    result: StepOutput | DeviceFault
+    can_be_followed: bool
+    was_read: bool = False
+
+    def output(self) -> StepOutput:
+        """Return what it brought, or raise."""
+        self.was_read = True
+        if isinstance(self.result, DeviceFault):
+            raise self.result
+        return self.result
+
+
 class StubRunner:
     """Checks what a real runner takes for granted, and does what it promises, in plain lists."""
+
+    runs_ahead = False  # steps can be followed before they are read
 
     def __init__(
         self,
@@ -71,6 +91,7 @@ class StubRunner:
         model: Model | None = None,
         poisonous: int | None = None,  # a row that consumes this token fails
         explosive: int | None = None,  # a step that consumes this token raises
+        runs_ahead: bool | None = None,
     ) -> None:
         self.spec = STUB_SPEC
         self.num_slots = num_slots
@@ -78,26 +99,73 @@ class StubRunner:
         self.model = model or random_model(vocab_size)
         self.poisonous = poisonous
         self.explosive = explosive
+        if runs_ahead is not None:
+            self.runs_ahead = runs_ahead
+        self.last: StubLaunch | None = None
         self.slots: list[list[int] | None] = [None] * num_slots
         self.consumed: list[list[int]] = [[] for _ in range(num_slots)]  # by the slot's request: what penalties see
         self.plans: list[StepPlan] = []
+        self.num_followed = 0
         self.loaded: list[RecurrentState] = []
         self.counted: dict[int, list[int]] = {}
         self.broken = False  # every call raises
         self.saves_break = False
 
-    def step(self, plan: StepPlan) -> StepOutput:
-        """Consume the plan's tokens."""
+    def launch(self, plan: StepPlan) -> Launch:
+        """Consume the plan's tokens: nothing but `output` shows that it happens at once."""
         self._check_device()
+        if self.last is not None and isinstance(self.last.result, StepOutput):
+            assert self.last.was_read, "the last step was forgotten"
         self.plans.append(plan)
         slots = [chunk.slot for chunk in plan.chunks]
         assert len(set(slots)) == len(slots), "a slot may have one chunk a step"
         assert self.num_slots - 1 not in slots, "the last slot is for padding"
-        if any(self.explosive in chunk.token_ids for chunk in plan.chunks):
-            for slot in slots:
-                self.slots[slot] = None
-            raise DeviceFault("boom")
-        return StepOutput([self._consume(chunk) for chunk in plan.chunks])
+        return self._run(list(plan.chunks), self._consume)
+
+    def can_follow(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> bool:
+        """Take chunks that ask for no more than a token."""
+        assert self.last is not None
+        asks_for_more = any(c.matcher is not None or c.num_prompt_logprobs is not None for c in chunks)
+        return self.last.can_be_followed and not asks_for_more
+
+    def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+        """Consume what some rows of the last step sampled, unless that ended them, and what `chunks` have."""
+        self._check_device()
+        last = self.last
+        assert last is not None
+        assert self.can_follow(rows, chunks)
+        assert not last.was_read, "there is no need to hurry"
+        if isinstance(last.result, DeviceFault):
+            return self._run([], lambda chunk: ChunkOutput(failed="never run"), fault=last.result)
+        following = []
+        for row in rows:
+            chunk, token_id = last.chunks[row], last.result.chunks[row].token_id
+            assert chunk.sampling is not None, "there is nothing to go on with"
+            ends = token_id is None or (chunk.may_stop and token_id in chunk.stop_token_ids)
+            token_ids = [] if ends else [token_id]
+            position = chunk.position + 1
+            chunk = replace(chunk, token_ids=token_ids, position=position, num_replayed=0, target_ids=None)
+            following.append(chunk)
+        following += chunks
+        slots = [chunk.slot for chunk in following]
+        assert len(set(slots)) == len(slots), "a slot may have one chunk a step"
+        self.num_followed += 1
+        return self._run(following, lambda c: self._consume(c) if c.token_ids else ChunkOutput(failed="not run"))
+
+    def step(self, plan: StepPlan) -> StepOutput:
+        """Launch and wait."""
+        return self.launch(plan).output()
+
+    def _run(
+        self, chunks: list[Chunk], consume: Callable[[Chunk], ChunkOutput], fault: DeviceFault | None = None
+    ) -> StubLaunch:
+        if any(self.explosive in chunk.token_ids for chunk in chunks):
+            fault = DeviceFault("boom")
+            for chunk in chunks:
+                self.slots[chunk.slot] = None
+        result = StepOutput([consume(chunk) for chunk in chunks]) if fault is None else fault
+        self.last = StubLaunch(chunks, result, self.runs_ahead)
+        return self.last
 
     def _consume(self, chunk: Chunk) -> ChunkOutput:
         tape = self.slots[chunk.slot]

@@ -34,6 +34,8 @@ from engine.token_chain import extend_digest, root_digest
 from tests.engine.stub_engine import StubEngine, chain_of, request_of
 from tests.engine.stub_runner import STUB_SPEC, StubRunner, state_of
 
+pytestmark = pytest.mark.usefixtures("runs_ahead")
+
 PROMPT = [1, 2, 3]
 ENDLESS = 1_000_000
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -37,9 +37,12 @@ from engine.messages import (
     decode_event,
     encode,
 )
+from engine.runner.plan import Chunk, Launch, StepPlan
 from engine.state.memory_store import MemoryStore
 from tests.engine.stub_engine import READY, StubEngine, chain_of, request_of
 from tests.engine.stub_runner import StubRunner
+
+pytestmark = pytest.mark.usefixtures("runs_ahead")
 
 PATIENCE_MS = 20_000
 ENDLESS = 100_000  # tokens: more than a stub's state can hold, and than any test waits for
@@ -187,7 +190,7 @@ def test_a_client_is_greeted_when_the_model_has_run() -> None:
     """Ready means that a step has worked, not that a file was read."""
     with running() as it:
         it.client()
-        assert it.engine.runner.plans[0].num_tokens == 1
+        assert it.engine.runner.plans[0].num_tokens == 2
 
 
 def test_a_model_that_cannot_run_is_never_ready() -> None:
@@ -230,6 +233,39 @@ def test_every_step_is_one_message_to_every_client() -> None:
         steps = [report.step for report in first.reports if report.step is not None]
         assert steps[0].num_prefill_tokens == 3
         assert [step.num_decode_tokens for step in steps[1:6]] == [1] * 5
+
+
+def test_clients_are_told_of_a_step_while_the_next_one_runs() -> None:
+    """What is launched next is on its way before anything is sent; and nothing waits to be sent for want of work."""
+    engine, order = StubEngine(), list[str]()
+
+    class NotedRunner(StubRunner):
+        def launch(self, plan: StepPlan) -> Launch:
+            order.append("launch")
+            return super().launch(plan)
+
+        def follow(self, rows: Sequence[int], chunks: Sequence[Chunk] = ()) -> Launch:
+            order.append("launch")
+            return super().follow(rows, chunks)
+
+    engine.make_runner = NotedRunner
+    context = zmq.Context[zmq.Socket[bytes]]()
+    loop = engine.make_loop(context, "inproc://x")
+    loop._send = lambda client, event: order.append("send")  # type: ignore[method-assign,assignment]
+    loop._clients.add(b"client")
+    loop._scheduler.submit(b"client", request_of("a", max_tokens=3))
+    try:
+        while loop._scheduler.has_work or loop._must_report:
+            loop.step()
+        if NotedRunner.runs_ahead:  # the prompt, and three that follow, of which the last one settles
+            assert order == ["launch", "launch", "send", "launch", "send", "launch", "send", "send", "send"]
+        else:
+            assert order == ["launch", "send"] * 4 + ["send"]
+    finally:
+        loop._socket.close(linger=0)
+        loop._checkpointer.close()
+        loop._doorbell.close()
+        context.destroy(linger=0)
 
 
 def test_an_idle_engine_waits_in_its_socket_and_speaks_once_a_second() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
-from engine.runner.sampler import restrict, sample, truncate, uniform
+from engine.runner.sampler import hash_seeds, restrict, sample, truncate, uniform, uniforms
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -235,3 +235,10 @@ def test_a_mask_adds_and_does_not_write() -> None:
     params = [SamplingParams(seed=0, temperature=0)] * 3
     restrict(rows, params, NONE_FORBIDDEN, [[], [2], []], [mask, mask, None])
     assert sample(rows, params, [0] * 3) == [-1, 0, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=20))
+def test_the_numbers_of_many_rows_are_those_of_each(keys: list[tuple[int, int]]) -> None:
+    """Bit for bit, words wrapping around as they should."""
+    seeds, positions = (np.array(column, np.uint64) for column in zip(*keys, strict=True))
+    assert uniforms(hash_seeds(seeds), positions).tolist() == [uniform(seed, position) for seed, position in keys]

@@ -23,10 +23,13 @@ from engine.messages import (
     StateSource,
     StopRules,
 )
+from engine.pipeline import Pipeline
 from engine.runner.grammars import GrammarMatcher, Grammars
+from engine.runner.plan import Chunk
 from engine.scheduler.prefixes import Prefixes
 from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sequence import Phase
+from engine.scheduler.sequence import Sequence as SchedulerSequence
 from engine.state.hot_states import HotStates
 from engine.state.prefix_store import PrefixStore
 from engine.state.spec import RecurrentState
@@ -172,6 +175,7 @@ class Simulation:
             self.clock,
             initial_states,
         )
+        self.pipeline = Pipeline(self.scheduler, self.runner, self.clock)
         self.clients: dict[str, Client] = {}
 
     def submit(self, request: GenerationRequest, history: Sequence[int] = ()) -> Client:
@@ -188,23 +192,28 @@ class Simulation:
 
     def step(self) -> int:
         """Run one step; returns how many tokens it consumed."""
-        plan = self.scheduler.schedule()
-        self._check_plan(plan.num_tokens)
-        if plan.chunks:
-            try:
-                output = self.runner.step(plan)
-            except Exception as error:
-                self.scheduler.fail_step(error)
-            else:
-                self.scheduler.update(output)
+        num_tokens = sum(len(chunk.token_ids) for _, chunk in self._launch())
+        self.pipeline.read()
         self.deliver()
         self._check_slots()
         self._check_penalties()
-        return plan.num_tokens
+        return num_tokens
+
+    def _launch(self) -> list[tuple[SchedulerSequence, Chunk]]:
+        """Launch what can be launched; returns the rows of the step that is read next."""
+        num_in_flight = self.pipeline.num_in_flight
+        self.pipeline.launch()
+        steps = self.scheduler._in_flight
+        assert len(steps) == self.pipeline.num_in_flight <= 2
+        for rows in list(steps)[num_in_flight:]:
+            self._check_plan(rows, follows=rows is not steps[0])
+        return steps[0] if steps else []
 
     def schedule_only(self) -> None:
         """Seat who can be seated."""
+        assert not self.pipeline.num_in_flight
         self.scheduler.schedule()
+        self.scheduler._in_flight.clear()
         self.deliver()
 
     def run(self, answer_fetches: bool = True) -> None:
@@ -212,13 +221,17 @@ class Simulation:
         for _ in range(10_000):
             if answer_fetches:
                 self.answer_fetches()
-            if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
-                self.scheduler.schedule()
-                self.deliver()
-                if not self.scheduler.has_work and not (answer_fetches and (self.fetches or self.writes)):
+            if self._is_idle(answer_fetches):
+                self.schedule_only()
+                if self._is_idle(answer_fetches):
                     return
             self.step()
         raise AssertionError("the scheduler never comes to rest")
+
+    def _is_idle(self, answer_fetches: bool) -> bool:
+        if self.pipeline.num_in_flight or self.scheduler.has_work:
+            return False
+        return not (answer_fetches and (self.fetches or self.writes))
 
     def save_history(self, history: Sequence[int]) -> CheckpointRef:
         """Put the hot state behind `history` into the state store."""
@@ -326,13 +339,16 @@ class Simulation:
         self.compilations.append((grammar, future))
         return future
 
-    def _check_plan(self, num_tokens: int) -> None:
-        assert num_tokens <= self.config.max_num_batched_tokens
-        planned = {sequence for sequence, _ in self.scheduler._rows}
+    def _check_plan(self, rows: list[tuple[SchedulerSequence, Chunk]], *, follows: bool) -> None:
+        assert sum(len(chunk.token_ids) for _, chunk in rows) <= self.config.max_num_batched_tokens
+        planned = {sequence for sequence, _ in rows}
+        assert len(planned) == len(rows)
         for sequence in self.scheduler._seated:
+            if follows and sequence.num_sampled + 1 >= sequence.request.stop.max_tokens:
+                continue  # it ends with the step before
             assert not sequence.is_decoding or sequence in planned, "a sequence that generates was left out"
         waiting_for_tokens = [s for s in self.scheduler._seated if s.phase is not Phase.LOADING]
-        assert bool(planned) == bool(waiting_for_tokens)
+        assert follows or bool(planned) == bool(waiting_for_tokens)
 
     def _check_slots(self) -> None:
         sequences = self.scheduler._seated

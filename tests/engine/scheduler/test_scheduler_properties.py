@@ -39,9 +39,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.checkpoints: dict[int, CheckpointRef] = {}  # by index of history
         self.seen: set[str] = set()  # ended and judged
 
-    @initialize(num_hot_states=st.sampled_from([0, 2, 5, 1000]))
-    def begin(self, num_hot_states: int) -> None:
-        """Begin with little memory for states, or much."""
+    @initialize(num_hot_states=st.sampled_from([0, 2, 5, 1000]), runs_ahead=st.booleans())
+    def begin(self, num_hot_states: int, runs_ahead: bool) -> None:
+        """Begin with little memory for states, or much; with a device that must be waited for, or not."""
+        self.runner.runs_ahead = runs_ahead
         self.simulation.hot_states.max_bytes = num_hot_states * STUB_SPEC.num_bytes
 
     @rule(

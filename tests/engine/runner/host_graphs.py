@@ -1,0 +1,63 @@
+"""Recorded steps, with the recording left out: on a card it is CUDA's, here a step just runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import kernels
+from engine.models.rwkv7 import RWKV7
+from engine.runner.cuda_graphs import NOTHING_SAMPLED, PADDING_SLOT, DecodeGraphs, DecodeStep, consumed
+from engine.runner.graph_runner import GraphModelRunner
+from engine.runner.input_batch import InputBatch
+from engine.state.pool import StatePool
+
+CPU = torch.device("cpu")
+NOBODY = torch.zeros(0, dtype=torch.int64)
+
+
+class RunAgain:
+    """Implements `Graphs` without a card: what is recorded runs once now, and again when replayed."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run, and let it be run again."""
+        self.num_recorded += 1
+        run()
+        return run
+
+    def mark(self) -> Callable[[], None]:
+        """All is done already."""
+        return lambda: None
+
+
+def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBODY) -> DecodeStep:
+    """The step on operators that take no padding: it goes to the scratch slot instead."""
+
+    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+        batch = consumed(fields, last_sampled)
+        is_padding, starts = batch.slots == PADDING_SLOT, batch.starts
+        slots = batch.slots.masked_fill(is_padding, pool.scratch_slot)
+        has_tokens = starts.diff() > 0
+        assert (has_tokens | is_padding).all()
+        with torch.inference_mode():
+            starts = torch.cat([starts[:-1][has_tokens], starts[-1:]])
+            batch = InputBatch(batch.token_ids, slots[has_tokens], starts, batch.output_rows)
+            logits = model.logits(model.forward(batch, pool))
+            logits.index_fill_(1, forbidden_ids, -torch.inf)
+            parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+            return kernels.sample(logits, *parameters).masked_fill_(is_padding, NOTHING_SAMPLED)
+
+    return step
+
+
+class HostGraphRunner(GraphModelRunner):
+    """The runner with steps that run again instead of graphs."""
+
+    @torch.inference_mode()  # as on a card: what is made in it may be written in it only
+    def _record(self, max_rows: int, max_tokens: int) -> DecodeGraphs:
+        step = host_step(self.model, self.pool, self._forbidden_ids)
+        return DecodeGraphs(step, max_rows, CPU, RunAgain(), max_tokens)
