@@ -30,6 +30,16 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
+#define SOSTENUTO_BF16_PRODUCTS 1
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512VNNI__)
+#define SOSTENUTO_INT8_PRODUCTS 1
+#endif
+
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));
 
@@ -40,6 +50,8 @@ typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4), may_a
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 
 typedef int32_t unaligned_ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+typedef int16_t pairs __attribute__((vector_size(4 * W), may_alias));  // two to a lane of an ivec
 
 static inline ivec load(const int32_t* p) { return *reinterpret_cast<const unaligned_ivec*>(p); }
 
@@ -70,6 +82,20 @@ static inline vec fma(vec a, vec b, vec c) {
     return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
+#endif
+}
+
+static inline ivec broadcast(int32_t x) { return ivec{} + x; }
+
+// a.low b.low + a.high b.high in every lane.
+static inline ivec multiply_pairs(pairs a, pairs b) {
+#if defined(SOSTENUTO_AVX512)
+    return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(SOSTENUTO_AVX2)
+    return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const ivec x = (ivec)a, y = (ivec)b;
+    return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
 
@@ -123,11 +149,23 @@ static inline bf16 to_bf16(float x) {  // to nearest, ties to even, as PyTorch d
     return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The same for all lanes, as floats.
+static inline vec round_to_bf16(vec x) {
+    const ivec bits = (ivec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) & static_cast<int32_t>(0xffff0000);
+    return x == x ? (vec)rounded : x;
+}
+
 static inline vec load_first(const bf16* p, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #else
+#if defined(SOSTENUTO_AVX2)
+    if (n >= W) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    }
+#endif
     vec v{};
     for (int i = 0; i < W && i < n; ++i) v[i] = from_bf16(p[i]);
     return v;
