@@ -66,6 +66,14 @@ def select_backend(device: torch.device, num_threads: int | None = None) -> str:
     return PYTORCH
 
 
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Say whether what is registered for `device` is at least as fast with bfloat16 weights as with float32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return cpu.is_registered() or any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 class Linear:
     """A weight matrix `[out, in]`, packed once for the device it lies on; called with rows.
 

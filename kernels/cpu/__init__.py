@@ -51,6 +51,11 @@ def register(num_threads: int | None = None, cache_directory: Path | None = None
     return operators.team.target
 
 
+def is_registered() -> bool:
+    """Say whether these operators are the CPU's."""
+    return any(operators.enabled for operators in _registered)
+
+
 def fuse_rwkv7(weights: Weights) -> FusedRwkv7 | None:
     """Return the model of these weights as two calls; None where they are not these operators' to run."""
     from kernels.cpu.fused import FusedRwkv7, can_fuse

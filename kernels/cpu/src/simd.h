@@ -108,8 +108,9 @@ static inline vec load_first(const float* p, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     return _mm512_maskz_loadu_ps(first(n), p);
 #else
+    if (n >= W) return load(p);
     vec v{};
-    memcpy(&v, p, (n < W ? n : W) * sizeof(float));
+    memcpy(&v, p, n * sizeof(float));
     return v;
 #endif
 }
@@ -118,7 +119,8 @@ static inline void store_first(float* p, vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     _mm512_mask_storeu_ps(p, first(n), v);
 #else
-    memcpy(p, &v, (n < W ? n : W) * sizeof(float));
+    if (n >= W) return store(p, v);
+    memcpy(p, &v, n * sizeof(float));
 #endif
 }
 
@@ -129,8 +131,9 @@ static inline vec first_lanes(vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     return _mm512_maskz_mov_ps(first(n), v);
 #else
+    if (n >= W) return v;
     vec kept{};
-    memcpy(&kept, &v, (n < W ? n : W) * sizeof(float));
+    memcpy(&kept, &v, n * sizeof(float));
     return kept;
 #endif
 }
@@ -142,17 +145,10 @@ static inline float from_bf16(bf16 x) {
     return value;
 }
 
-static inline bf16 to_bf16(float x) {  // to nearest, ties to even, as PyTorch does it
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x) return static_cast<bf16>(bits >> 16 | 0x40);
-    return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// The same for all lanes, as floats.
+// The nearest numbers that bfloat16 has, ties to even, as PyTorch does it.
 static inline vec round_to_bf16(vec x) {
-    const ivec bits = (ivec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) & static_cast<int32_t>(0xffff0000);
-    return x == x ? (vec)rounded : x;
+    const ivec bits = (ivec)x, nearest = bits + 0x7fff + (bits >> 16 & 1), nan = bits | 0x00400000;
+    return (vec)((x == x ? nearest : nan) & static_cast<int32_t>(0xffff0000));
 }
 
 static inline vec load_first(const bf16* p, int64_t n) {
@@ -179,7 +175,8 @@ static inline void store_first(bf16* p, vec v, int64_t n) {
     const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
     _mm256_mask_storeu_epi16(p, first(n), half);
 #else
-    for (int i = 0; i < W && i < n; ++i) p[i] = to_bf16(v[i]);
+    const ivec bits = (ivec)round_to_bf16(v);
+    for (int i = 0; i < W && i < n; ++i) p[i] = static_cast<bf16>(bits[i] >> 16);
 #endif
 }
 
