@@ -42,6 +42,7 @@ _SCHEMAS = {
     "Tensor starts) -> Tensor",
     "sample": "(Tensor logits, float[] temperature, int[] top_k, float[] top_p, float[] min_p, float[] uniform) "
     "-> Tensor",
+    "logprobs": "(Tensor logits, Tensor token_ids, int num_top, Tensor excluded_ids) -> (Tensor, Tensor, Tensor)",
 }
 
 for _name, _schema in _SCHEMAS.items():
@@ -230,4 +231,20 @@ def sample(
     A row that is no distribution, having a NaN or plus infinity in it, gives -1; minus infinity is an impossible token.
     """
     result: torch.Tensor = _ops.sample.default(logits, temperature, top_k, top_p, min_p, uniform)
+    return result
+
+
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, excluded_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `[R]` log-probabilities of `token_ids[R]` under `logits[R, V]` float32, and the most likely alternatives.
+
+    Those are `[R, K]` log-probabilities, falling, and `[R, K]` ids, with `K` the lesser of `num_top` and how many ids
+    are not in `excluded_ids[E]`, which rise: those are no alternatives, but part of the distribution. Equal logits have
+    equal log-probabilities, and of the most likely ones the lowest id comes first. All ids are int64. What is returned
+    for a row with a NaN or plus infinity in it is not defined.
+    """
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ops.logprobs.default(
+        logits, token_ids, num_top, excluded_ids
+    )
     return result

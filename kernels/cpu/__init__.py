@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("pack_linear", "linear", "low_rank", "relu_squared", "shift_mix", "wkv7", "sample")
+_NAMES = ("pack_linear", "linear", "low_rank", "relu_squared", "shift_mix", "wkv7", "sample", "logprobs")
 
 _DEFAULT_THREADS = torch.get_num_threads()  # physical cores, unless the process was told otherwise
 

@@ -272,6 +272,19 @@ static inline vec tanh(vec x) {
     return z < 0.390625f ? small : large;
 }
 
+// Whether a comparison holds in any lane.
+static inline bool any(ivec mask) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(SOSTENUTO_AVX2)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t lanes = 0;
+    for (int i = 0; i < W; ++i) lanes |= mask[i];
+    return lanes != 0;
+#endif
+}
+
 static inline vec max(vec a, vec b) { return a < b ? b : a; }  // a NaN in `a` stays
 
 }  // namespace sostenuto

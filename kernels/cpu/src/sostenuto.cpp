@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "linear.h"
+#include "logprobs.h"
 #include "rwkv7.h"
 #include "sampling.h"
 #include "shift_mix.h"
@@ -151,6 +152,11 @@ void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t widt
 void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling) {
     Guard guard(team->lock);
     team->run([&](Member& me) { sample(me, *sampling); });
+}
+
+void sostenuto_report_logprobs(sostenuto_team* team, const sostenuto_logprobs* asked) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { logprobs(me, *asked); });
 }
 
 int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,
