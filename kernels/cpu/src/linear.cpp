@@ -201,7 +201,7 @@ struct Sums<Int8> {
 #endif
 
 // sums += weights of `steps` steps times R rows from `row` on, V vectors from output `o` on. The sums live in registers
-// for the length of the block. With every step, `prefetch_bytes` of what comes next are fetched.
+// for the length of the block. Meanwhile `prefetch_bytes` of what comes next are fetched, evenly.
 template <typename F, int R, int V>
 void tile(const typename F::Step* x, int64_t x_stride, const typename F::Word* weights, int64_t panel_width,
           int64_t steps, const Sums<F>& sums, int64_t row, int64_t o, const char* prefetch, int64_t prefetch_bytes) {
@@ -209,9 +209,10 @@ void tile(const typename F::Step* x, int64_t x_stride, const typename F::Word* w
     for (int p = 0; p < F::planes; ++p)
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) s[p][r][v] = sums.begin(p, row + r, o + v * W);
+    const int64_t rate = prefetch_bytes * 256 / steps;  // in 256ths of a byte a step
+    int64_t fetched = 0;
     for (int64_t k = 0; k < steps; ++k) {
-        for (int64_t line = 0; line < prefetch_bytes; line += kLine)
-            __builtin_prefetch(prefetch + k * prefetch_bytes + line, 0, 2);
+        for (; fetched < (k + 1) * rate; fetched += kLine * 256) __builtin_prefetch(prefetch + fetched / 256, 0, 2);
         F::template step<R, V>(s, x + k, x_stride, weights + k * panel_width);
     }
     for (int p = 0; p < F::planes; ++p)
@@ -286,6 +287,15 @@ void finish(const Sums<F>& sums, int64_t first_row, int64_t num_rows, int64_t fi
     }
 }
 
+// Where in the next block the part begins that a tile, one in turn of so many, fetches: whole lines a step, or any part.
+inline int64_t prefetch_begin(int64_t steps, int64_t step_bytes, int64_t turn, int64_t turns) {
+#if defined(SOSTENUTO_AVX512)
+    return step_bytes / kLine * turn / turns * steps * kLine;
+#else
+    return steps * step_bytes * turn / turns / kLine * kLine;
+#endif
+}
+
 // One panel times some rows. A few rows share each load of weights; all groups of rows work through a block of weights
 // before the next block, which meanwhile is prefetched: it is next in memory.
 template <typename F>
@@ -304,8 +314,8 @@ void multiply_panel(Member& me, const Product& product, int64_t panel, int64_t f
     const Sums<F> sums{static_cast<Item<F>*>(me.scratch(Sums<F>::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
     for (int p = 0; p < Sums<F>::planes; ++p) memset(sums.at(p, 0), 0, num_rows * kPanel * sizeof(Item<F>));
     const int64_t groups = (num_rows + kTileRows<F> - 1) / kTileRows<F>;
-    const int64_t step_lines = width * static_cast<int64_t>(sizeof(Word)) / kLine;
-    const int64_t block = std::min(Sums<F>::longest_block, kBlockBytes / (width * static_cast<int64_t>(sizeof(Word))));
+    const int64_t step_bytes = width * static_cast<int64_t>(sizeof(Word));
+    const int64_t block = std::min(Sums<F>::longest_block, kBlockBytes / step_bytes);
     for (int64_t k = 0; k < steps; k += block) {
         const int64_t length = std::min(block, steps - k);
         const char* next = reinterpret_cast<const char*>(weights + (k + length) * width);
@@ -314,11 +324,10 @@ void multiply_panel(Member& me, const Product& product, int64_t panel, int64_t f
             const int64_t tile_width = tile_vectors(count) * W, tiles = (width + tile_width - 1) / tile_width;
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t o = i * tile_width, turn = g * tiles + i, turns = groups * tiles;
-                const int64_t first_line = step_lines * turn / turns;
-                const int64_t lines = step_lines * (turn + 1) / turns - first_line;
+                const auto begin_of = [&](int64_t turn) { return prefetch_begin(length, step_bytes, turn, turns); };
                 choose_tile<F>(count, (width - o) / W)(x + begin * x_stride + k, x_stride, weights + k * width + o,
-                                                       width, length, sums, begin, o,
-                                                       next + first_line * length * kLine, lines * kLine);
+                                                       width, length, sums, begin, o, next + begin_of(turn),
+                                                       begin_of(turn + 1) - begin_of(turn));
             }
         }
     }
