@@ -33,7 +33,7 @@ def main(endpoint: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     answer = _take_standard_output()
     configure_logging()
-    # What is loaded now stays. The collector would look at all of it again and again: a quarter of the time PyTorch takes.
+    # What is loaded now stays, and the collector would look at all of it again and again.
     gc.disable()
     from engine.process import run_engine
 

@@ -15,15 +15,13 @@ def report_logprobs(
 ) -> list[TokenLogprobs]:
     """Return what is reported for `token_ids[R]` under `logits[R, V]`, with `nums_top[R]` alternatives each.
 
-    The distribution is over the whole vocabulary; the alternatives leave out `forbidden_ids`, which rise and can never be
-    sampled. Where the token is the most likely one its value equals the first alternative's bit for bit, and the first
-    alternative is the one greedy sampling takes.
+    The distribution is over the whole vocabulary; the alternatives leave out `forbidden_ids`, which rise and can never
+    be sampled. Where the token is the most likely one its value equals the first alternative's bit for bit, and the
+    first alternative is the one greedy sampling takes.
     """
     ids = torch.tensor(token_ids, device=logits.device)
     own, top, top_ids = kernels.logprobs(logits.float(), ids, max(nums_top), forbidden_ids)
     return [
         TokenLogprobs(value, row_ids[:num], row_values[:num])
-        for value, row_ids, row_values, num in zip(
-            own.tolist(), top_ids.tolist(), top.tolist(), nums_top, strict=True
-        )
+        for value, row_ids, row_values, num in zip(own.tolist(), top_ids.tolist(), top.tolist(), nums_top, strict=True)
     ]

@@ -193,7 +193,7 @@ async def test_a_launched_child_is_the_one_that_start_returns(config: EngineConf
     assert host.pid == launched
     assert launched is not None
     os.kill(launched, signal.SIGKILL)
-    while not (engine.restarts and engine.is_ready):
+    while not (engine.restarts and engine.is_ready):  # noqa: ASYNC110 - as above
         await asyncio.sleep(0.05)
     assert host.pid not in (None, launched)
     await engine.close()

@@ -1,10 +1,10 @@
 """`python -m tests.benchmarks.peers.compare`: ours beside other implementations, in interleaved rounds. JSON last.
 
 The `rwkv` package and a plain PyTorch step always; with `--llama-cpp` (`make bench-peers`) llama.cpp too, built from
-source for this machine once, which takes a quarter of an hour on two cores; then the whole takes a few minutes. All read the
-same generated weights, and none is timed whose logits do not agree with ours, of a prompt and of sequences that decode
-together. Environments are made on first use in `--environments`, outside of the repository: our package `kernels` would
-shadow another of that name.
+source for this machine once, which takes a quarter of an hour on two cores; then the whole takes a few minutes. All
+read the same generated weights, and none is timed whose logits do not agree with ours, of a prompt and of sequences
+that decode together. Environments are made on first use in `--environments`, outside of the repository: our package
+`kernels` would shadow another of that name.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ LLAMA_CPP_OPTIONS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_TOOLS=OFF", "-DLLAMA_BUILD_SERVER=OFF",
 )  # fmt: skip
 
-# Correlation with our logits. Implementations in bfloat16 differ by a few hundredths of a percent of a row's variance, those
-# whose weights have 8 bits by the rounding of the weights, ours and theirs.
+# Correlation with our logits. Implementations in bfloat16 differ by a few hundredths of a percent of a row's variance,
+# those whose weights have 8 bits by the rounding of the weights, ours and theirs.
 MIN_CORRELATION = 0.9995
 MIN_CORRELATION_8_BITS = 0.995
 
@@ -194,7 +194,7 @@ def compare(model: Path, settings: Settings) -> dict[str, object]:
 
 
 def check(entries: dict[str, Entry], token_ids: list[int]) -> dict[str, dict[str, float]]:
-    """Return the least correlation of everybody's logits with ours; raises `RuntimeError` where it is not the same model."""
+    """Return the least correlation of everybody's logits with ours; raises `RuntimeError` where that is too little."""
     ours = entries["ours"].peer
     found = {}
     for name, entry in entries.items():
@@ -210,7 +210,7 @@ def check(entries: dict[str, Entry], token_ids: list[int]) -> dict[str, dict[str
 
 
 def measure(entries: dict[str, Entry], prompt: list[int], order: random.Random) -> dict[str, dict[str, float]]:
-    """Return tokens a second by implementation and what was done, everybody taking turns in an order of the round's own."""
+    """Return tokens a second by implementation and what was done, everybody in turn, in an order of the round's own."""
     rates: dict[str, dict[str, float]] = {name: {} for name in entries}
     names = order.sample(list(entries), len(entries))
     for batch_size, steps in DECODE_STEPS.items():

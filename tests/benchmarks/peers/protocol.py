@@ -47,7 +47,7 @@ def answer_questions(peer: Peer) -> None:
 
 
 def _answer(peer: Peer, what: str, token_ids: list[int], batch_size: int = 1) -> object:
-    """Return logits after `token_ids` as a prompt, or decoded by the last of some sequences; or the seconds either takes.
+    """Return logits after `token_ids` as a prompt, or decoded by the last of some sequences; or how long either takes.
 
     Where logits are wanted, the sequences before the last are late by one token each: no two consume the same.
     """
