@@ -28,7 +28,7 @@ from engine.messages import (
 from engine.token_chain import extend_digest, root_digest
 
 # What reading one set of contexts may take: where that is too long for the longest of them, it is left out.
-READING_SECONDS = 60.0
+READING_SECONDS = 40.0
 
 VOCAB_SIZE = 65_529  # ids the World tokenizer has bytes for
 

@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path(tempfile.gettempdir()) / "sostenuto-bench-peers"
-DECODE_STEPS = {1: 16, 4: 12, 16: 6, 64: 3}  # by batch size: a second or so each for whoever is slow
+DECODE_STEPS = {1: 16, 4: 8, 16: 4, 64: 2}  # by batch size: a second or so each for whoever is slow
 PREFILL = "prefill_512"
 CHECKED_TOKENS = 24
 CHECKED_BATCH = 4

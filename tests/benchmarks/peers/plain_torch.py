@@ -19,7 +19,7 @@ class PlainTorch:
     """Weights by their official names."""
 
     max_batch = 64
-    max_prompt = 48
+    max_prompt = 24
 
     def __init__(self, path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
