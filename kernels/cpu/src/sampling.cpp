@@ -94,6 +94,12 @@ int64_t keep_at_least(const float* values, int64_t count, float bound, float* to
         store_first(to + kept, packed, n);
         kept += n;
     }
+#else
+    for (; i + W <= count; i += W) {
+        if (!any(load(values + i) >= broadcast(bound))) continue;  // hardly any is
+        for (int64_t j = i; j < i + W; ++j)
+            if (values[j] >= bound) to[kept++] = values[j];
+    }
 #endif
     for (; i < count; ++i)
         if (values[i] >= bound) to[kept++] = values[i];
