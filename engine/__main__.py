@@ -8,6 +8,7 @@ parent can drain. Standard output carries one thing: why the engine could not st
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -22,7 +23,6 @@ import zmq
 from engine.config import EngineConfig
 from engine.errors import EngineError, ModelFileError, StoreUnavailable, TokenizerError
 from engine.logs import configure_logging
-from engine.process import run_engine
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ def main(endpoint: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     answer = _take_standard_output()
     configure_logging()
+    # What is loaded now stays, and the collector would look at all of it again and again.
+    gc.disable()
+    from engine.process import run_engine
+
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, args=(endpoint,), name="lifeline", daemon=True).start()
     try:

@@ -54,14 +54,23 @@ class EngineProcess:
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
         self._directory: Path | None = None
+        self._ahead: str | None = None  # endpoint of a child that nobody has asked for yet
 
     @property
     def pid(self) -> int | None:
         """The child's process id."""
         return None if self._process is None else self._process.pid
 
+    async def launch(self) -> None:
+        """Start the child that the next `start` is going to return, so that it loads while this process does."""
+        self._ahead = await self._launch()
+
     async def start(self, context: zmq.Context[zmq.Socket[bytes]]) -> str:
-        """Start a child; returns its endpoint."""
+        """Start a child, unless one was launched; returns its endpoint."""
+        ahead, self._ahead = self._ahead, None
+        return ahead or await self._launch()
+
+    async def _launch(self) -> str:
         self._directory = Path(tempfile.mkdtemp(prefix="sostenuto-"))
         endpoint = f"ipc://{self._directory}/engine"
         self._process = await asyncio.create_subprocess_exec(
@@ -90,6 +99,7 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """Cut the lifeline; kill the child if it does not end."""
+        self._ahead = None
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()

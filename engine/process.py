@@ -44,6 +44,7 @@ def run_engine(
         initial_states=initial_states,
     )
     gc.freeze()  # what was loaded stays: collections need not look at it again
+    gc.enable()
     loop.run(stop)
 
 

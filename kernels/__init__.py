@@ -42,6 +42,7 @@ _SCHEMAS = {
     "Tensor starts) -> Tensor",
     "sample": "(Tensor logits, float[] temperature, int[] top_k, float[] top_p, float[] min_p, float[] uniform) "
     "-> Tensor",
+    "logprobs": "(Tensor logits, Tensor token_ids, int num_top, Tensor excluded_ids) -> (Tensor, Tensor, Tensor)",
 }
 
 for _name, _schema in _SCHEMAS.items():
@@ -64,6 +65,14 @@ def select_backend(device: torch.device, num_threads: int | None = None) -> str:
     if device.type == "cuda":
         return triton_operators.register() or PYTORCH
     return PYTORCH
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Say whether what is registered for `device` is at least as fast with bfloat16 weights as with float32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return cpu.is_registered() or any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Linear:
@@ -222,4 +231,20 @@ def sample(
     A row that is no distribution, having a NaN or plus infinity in it, gives -1; minus infinity is an impossible token.
     """
     result: torch.Tensor = _ops.sample.default(logits, temperature, top_k, top_p, min_p, uniform)
+    return result
+
+
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, excluded_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `[R]` log-probabilities of `token_ids[R]` under `logits[R, V]` float32, and the most likely alternatives.
+
+    Those are `[R, K]` log-probabilities, falling, and `[R, K]` ids, with `K` the lesser of `num_top` and how many ids
+    are not in `excluded_ids[E]`, which rise: those are no alternatives, but part of the distribution. Equal logits have
+    equal log-probabilities, and of the most likely ones the lowest id comes first. All ids are int64. What is returned
+    for a row with a NaN or plus infinity in it is not defined.
+    """
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _ops.logprobs.default(
+        logits, token_ids, num_top, excluded_ids
+    )
     return result

@@ -298,5 +298,21 @@ def _least_among(
     return ranked.gather(1, last.clamp(max=ranked.shape[1] - 1)[:, None]), last < ranked.shape[1]
 
 
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, excluded_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `kernels.logprobs`."""
+    all_of_them = torch.log_softmax(logits, dim=-1)
+    own = all_of_them.gather(1, token_ids[:, None])[:, 0]
+    all_of_them.index_fill_(1, excluded_ids, -math.inf)
+    top, top_ids = all_of_them.topk(min(num_top, logits.shape[1] - len(excluded_ids)), dim=-1)
+    if top_ids.shape[1]:
+        # Of equal values `topk` may list any first, or leave the lowest id out.
+        first = all_of_them.argmax(dim=-1, keepdim=True)
+        place = (top_ids == first).byte().argmax(dim=-1, keepdim=True)
+        top_ids = top_ids.scatter(1, place, top_ids[:, :1]).scatter(1, torch.zeros_like(place), first)
+    return own, top, top_ids
+
+
 def _column(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=device)[:, None]

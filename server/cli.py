@@ -86,7 +86,7 @@ def _serve(settings: Settings) -> int:
     # Imported late: --help, --version and a refused configuration need neither an engine nor a web framework.
     from engine.errors import EngineError
     from server.conversations.ledger import LedgerError
-    from server.process import serve
+    from server.start import serve
     from server.templates import TemplateError
 
     try:

@@ -1,4 +1,4 @@
-"""The server as a process: from settings to a listening socket, and back on SIGTERM."""
+"""The server as a process: from settings to a listening socket, and back on SIGTERM. Begun by `server.start`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import logging
 from types import FrameType
 
 import uvicorn
-import uvloop
 
+from engine.launch import EngineHost
 from server.app import create_app
 from server.assembly import open_services
-from server.logs import configure_logging
 from server.services import Services
 from server.settings import Settings
 
@@ -23,16 +22,9 @@ CLOSE_SECONDS = 1
 FORCED = 1  # exit status of a server that was told twice
 
 
-def serve(settings: Settings) -> int:
-    """Serve until told to end; returns the exit status."""
-    configure_logging(settings.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(run_server(settings))
-
-
-async def run_server(settings: Settings) -> int:
-    """As `serve`, in a running event loop."""
-    async with open_services(settings) as services:
+async def run_server(settings: Settings, host: EngineHost) -> int:
+    """Serve with an engine of `host` until told to end; returns the exit status."""
+    async with open_services(settings, host) as services:
         server = DrainingServer(services)
         gc.freeze()  # what start-up made stays: the collector need not look at it again
         await server.serve()

@@ -52,16 +52,21 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start it and wait until it is healthy."""
-        command = [sys.executable, "-m", "server", "serve", str(self.model), "--port", str(self.port)]
-        command += ["--data-dir", str(self.data_dir), "--served-model-name", "test", "--num-threads", "1"]
-        command += self.options
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        self.launch()
+        assert self.process is not None
         try:
             self._wait(self.process, time.monotonic() + START_SECONDS)
         except BaseException:
             self.kill()  # or it takes time from every test that follows
             raise
+
+    def launch(self) -> None:
+        """Start it, without waiting."""
+        command = [sys.executable, "-m", "server", "serve", str(self.model), "--port", str(self.port)]
+        command += ["--data-dir", str(self.data_dir), "--served-model-name", "test", "--num-threads", "1"]
+        command += self.options
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float) -> None:
         while not self.is_healthy():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from engine.models.config import ModelConfig
 from engine.models.rwkv7 import RWKV7
 from engine.weights.fingerprint import fingerprint
@@ -61,21 +62,14 @@ def model_config(weights: CheckedWeights, head_norm_eps: float | None = None) ->
 def choose_dtype(name: str, stored: torch.dtype, num_parameters: int, device: torch.device) -> torch.dtype:
     """Return the dtype of weights and activations that `name` means; `auto` chooses.
 
-    `auto` is bfloat16 for a 16-bit file where the device multiplies bfloat16 in hardware, and float32 otherwise:
+    `auto` is bfloat16 for a 16-bit file where the device's operators are as fast with it, and float32 otherwise:
     float16 is never chosen, being slow on CPUs. Small models are float32 always. With `int8` it is the dtype of what is
     not int8.
     """
     if name == INT8:
-        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+        return torch.bfloat16 if kernels.is_fast_in_bfloat16(device) else torch.float32
     if name != "auto":
         return DTYPES[name]
-    if stored == torch.float32 or num_parameters < SMALL_MODEL_PARAMETERS or not _multiplies_bfloat16(device):
+    if stored == torch.float32 or num_parameters < SMALL_MODEL_PARAMETERS or not kernels.is_fast_in_bfloat16(device):
         return torch.float32
     return torch.bfloat16
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -247,7 +247,8 @@ class TorchModelRunner:
         asked = [(n, p.num_logprobs) for n, p in enumerate(params) if p.num_logprobs is not None]
         if asked:
             rows, nums_top = [n for n, _ in asked], [num for _, num in asked]
-            found = report_logprobs(logits[rows], [token_ids[n] for n in rows], nums_top, self._forbidden_ids)
+            of_rows = logits if len(rows) == len(logits) else logits[rows]  # a copy costs as much as the report
+            found = report_logprobs(of_rows, [token_ids[n] for n in rows], nums_top, self._forbidden_ids)
             for n, logprobs in zip(rows, found, strict=True):
                 reported[n] = logprobs
         return reported

@@ -7,7 +7,6 @@ from urllib.parse import unquote, urlsplit
 
 from engine.state.file_store import FileStore
 from engine.state.memory_store import MemoryStore
-from engine.state.redis_store import RedisStateStore
 from engine.state.store import StateStore
 
 REDIS_PREFIXES = ("redis://", "rediss://", "unix://")
@@ -28,6 +27,8 @@ def open_store(url: str) -> StateStore:
             "the address of a state store is memory:, or begins with file:/// (an absolute path), redis://, rediss:// "
             "or unix://"
         )
+    from engine.state.redis_store import RedisStateStore  # a tenth of a second for those who need it
+
     try:
         database = "" if url.startswith("unix://") else urlsplit(url).path.strip("/")
         int(database or 0)  # redis-py would take anything else for database 0

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("pack_linear", "linear", "low_rank", "relu_squared", "shift_mix", "wkv7", "sample")
+_NAMES = ("pack_linear", "linear", "low_rank", "relu_squared", "shift_mix", "wkv7", "sample", "logprobs")
 
 _DEFAULT_THREADS = torch.get_num_threads()  # physical cores, unless the process was told otherwise
 
@@ -49,6 +49,11 @@ def register(num_threads: int | None = None, cache_directory: Path | None = None
     if operators.team.num_threads != num_threads:
         operators.team = Team(operators.team.library, num_threads)
     return operators.team.target
+
+
+def is_registered() -> bool:
+    """Say whether these operators are the CPU's."""
+    return any(operators.enabled for operators in _registered)
 
 
 def fuse_rwkv7(weights: Weights) -> FusedRwkv7 | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from ctypes import byref
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ class FusedRwkv7:
     def __init__(self, operators: Operators, weights: Weights) -> None:
         self._operators = operators
         self._weights = weights  # the structures below point into these
+        self._logits = Memory()
         self._layers = (library.Rwkv7Layer * len(weights.layers))(*map(_layer, weights.layers))
         self._vocab_size, self._width = weights.embedding.shape
         self._model = library.Rwkv7Model(
@@ -69,11 +71,29 @@ class FusedRwkv7:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
         team = self._operators.team
-        logits = torch.empty(len(hidden), self._vocab_size)
+        logits = self._logits.take(len(hidden), self._vocab_size)
         team.library.sostenuto_rwkv7_logits(
             team.handle, byref(self._model), len(hidden), byref(library.rows(hidden)), logits.data_ptr()
         )
         return logits
+
+
+class Memory:
+    """Memory for one large tensor a step, used again as soon as nobody holds the last one or a view of it.
+
+    The allocator gives so much back to the system, which hands it out again page by page.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(4)
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        """Return a float32 tensor of this shape, its contents undefined."""
+        count = rows * columns
+        # Two references: ours and the argument's. A tensor is a third for as long as its storage lives.
+        if len(self._bytes) < 4 * count or sys.getrefcount(self._bytes) > 2:
+            self._bytes = bytearray(4 * count)
+        return torch.frombuffer(self._bytes, dtype=torch.float32)[:count].view(rows, columns)
 
 
 def can_fuse(operators: Operators, weights: Weights) -> bool:

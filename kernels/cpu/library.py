@@ -131,6 +131,24 @@ class Sampling(Structure):
     ]
 
 
+class Logprobs(Structure):
+    """Rows of logits, and what is to be reported of each."""
+
+    _fields_ = [
+        ("num_rows", c_int64),
+        ("vocab_size", c_int64),
+        ("stride", c_int64),
+        ("logits", c_void_p),
+        ("token_ids", c_void_p),
+        ("num_top", c_int64),
+        ("num_excluded", c_int64),
+        ("excluded_ids", c_void_p),
+        ("own", c_void_p),
+        ("top", c_void_p),
+        ("top_ids", c_void_p),
+    ]
+
+
 _SIGNATURES = {
     "sostenuto_team_create": (c_void_p, [c_int32]),
     "sostenuto_team_destroy": (None, [c_void_p]),
@@ -161,6 +179,7 @@ _SIGNATURES = {
     ),
     "sostenuto_relu_squared": (None, [c_void_p, c_int64, c_int64, POINTER(Rows), POINTER(Rows)]),
     "sostenuto_sample": (None, [c_void_p, POINTER(Sampling)]),
+    "sostenuto_report_logprobs": (None, [c_void_p, POINTER(Logprobs)]),
     "sostenuto_rwkv7_forward": (
         c_int32,
         [

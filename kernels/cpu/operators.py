@@ -189,6 +189,33 @@ class Operators:
         self.team.library.sostenuto_sample(self.team.handle, byref(sampling))
         return token_ids
 
+    def logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, excluded_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `kernels.logprobs`."""
+        if not self.enabled or logits.dtype != torch.float32:
+            return eager.logprobs(logits, token_ids, num_top, excluded_ids)
+        logits, token_ids, excluded_ids = _readable(logits), token_ids.contiguous(), excluded_ids.contiguous()
+        num_rows, vocab_size = logits.shape
+        num_top = min(num_top, vocab_size - len(excluded_ids))
+        own, top = torch.empty(num_rows), torch.empty(num_rows, num_top)
+        top_ids = torch.empty(num_rows, num_top, dtype=torch.int64)
+        asked = library.Logprobs(
+            num_rows,
+            vocab_size,
+            logits.stride(0),
+            logits.data_ptr(),
+            token_ids.data_ptr(),
+            num_top,
+            len(excluded_ids),
+            excluded_ids.data_ptr(),
+            own.data_ptr(),
+            top.data_ptr(),
+            top_ids.data_ptr(),
+        )
+        self.team.library.sostenuto_report_logprobs(self.team.handle, byref(asked))
+        return own, top, top_ids
+
 
 def as_matrix(packed: torch.Tensor, out_features: int, in_features: int) -> Matrix:
     """Return packed weights as the library sees them."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from server.conversations.ledger import Ledger
-from server.conversations.redis_ledger import RedisLedger
 from server.conversations.sqlite_ledger import SqliteLedger
 
 SQLITE_PREFIX = "sqlite:///"
@@ -26,6 +25,8 @@ def open_ledger(url: str) -> Ledger:
         raise ValueError(
             "the address of a ledger is memory:, or begins with sqlite:///, redis://, rediss:// or unix://"
         )
+    from server.conversations.redis_ledger import RedisLedger  # a tenth of a second for those who need it
+
     try:
         database = "" if url.startswith("unix://") else urlsplit(url).path.strip("/")
         int(database or 0)  # redis-py would take anything else for database 0

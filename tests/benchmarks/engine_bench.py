@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import statistics
 import time
@@ -26,6 +27,9 @@ from engine.messages import (
 )
 from engine.token_chain import extend_digest, root_digest
 
+# What reading one set of contexts may take: where that is too long for the longest of them, it is left out.
+READING_SECONDS = 40.0
+
 VOCAB_SIZE = 65_529  # ids the World tokenizer has bytes for
 
 
@@ -38,7 +42,7 @@ class Settings:
     rounds: int = 3
     prefill_tokens: int = 512
     history_tokens: tuple[int, ...] = (1024, 4096, 16_384)
-    contexts: tuple[int, ...] = (512, 8192, 131_072)
+    contexts: tuple[int, ...] = (512, 8192, 32_768, 131_072)
     context_decode_tokens: int = 48
     streams: int = 8
     long_prompt_tokens: int = 2048
@@ -78,6 +82,7 @@ class EngineBench:
         self.directory = directory
         self.num_threads = num_threads
         self.random = random.Random(0)
+        self.prefill_rate = math.inf  # tokens a second, once that is known
 
     def config(self, max_num_batched_tokens: int = 512) -> EngineConfig:
         """The engine under test: defaults, and states in files."""
@@ -164,11 +169,16 @@ class EngineBench:
         for _ in tqdm(range(self.settings.rounds), desc="prefill"):
             arrivals, _ = await self.generate(engine, ZERO, self.tokens(count), max_tokens=1)
             rates.append(count / arrivals[0])
-        return {str(count): round(statistics.median(rates), 1)}
+        self.prefill_rate = statistics.median(rates)
+        return {str(count): round(self.prefill_rate, 1)}
+
+    def affordable(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the counts of tokens that this machine reads in time, two at least."""
+        return counts[:2] + tuple(count for count in counts[2:] if count <= READING_SECONDS * self.prefill_rate)
 
     async def time_to_first_token(self, engine: AsyncEngine) -> dict[str, dict[str, float]]:
         """Time to the first token of a 16-token turn after a history: its state restored, or its tokens prefilled."""
-        counts = self.settings.history_tokens
+        counts = self.affordable(self.settings.history_tokens)
         histories = {count: self.tokens(count) for count in counts}
         states = {count: await self.stored(engine, history) for count, history in histories.items()}
         restored: dict[int, list[float]] = {count: [] for count in counts}
@@ -193,17 +203,18 @@ class EngineBench:
 
     async def step_by_context(self, engine: AsyncEngine) -> dict[str, float]:
         """Seconds a decode step takes after contexts of different lengths, interleaved."""
+        contexts = self.affordable(self.settings.contexts)
         states = {}
         history: list[int] = []
         state = ZERO
-        for count in tqdm(self.settings.contexts, desc="contexts"):
+        for count in tqdm(contexts, desc="contexts"):
             more = self.tokens(count - len(history))
             await self.generate(engine, state, more, max_tokens=0, keep=True)
             history += more
             state = KnownState(num_tokens=count, chain=extend_digest(state.chain, more))
             states[count] = state
         steps: dict[int, list[float]] = {count: [] for count in states}
-        for count, _ in self.interleaved(self.settings.contexts, rounds=2 * self.settings.rounds):
+        for count, _ in self.interleaved(contexts, rounds=2 * self.settings.rounds):
             tokens = self.settings.context_decode_tokens
             arrivals, _ = await self.generate(engine, states[count], self.tokens(1), max_tokens=tokens)
             steps[count] += [later - earlier for earlier, later in itertools.pairwise(arrivals)]

@@ -1,20 +1,24 @@
-"""`make bench-gpu`: what one card does, in about ten minutes. The last line is one JSON object.
+"""`make bench-gpu`: what one card does. The last line is one JSON object.
 
-Sections: ceilings of the card; correctness on it; decode and its batch sizes; a step and its context, beside a
-transformer of the size; prompts; the service. A section that fails says so in the result and the others run. Plain
-PyTorch is measured first, captured in graphs as ours is, because operators cannot be taken back from a device.
+Sections: ceilings of the card; correctness on it; decode by batch size; prompts; a step and its context, beside a
+transformer of the size; the service; then, in a process of its own because operators cannot be taken back from a
+device, plain PyTorch captured as ours is. A section that fails says so in the result and the others run; each figure is printed
+when it is known, so that a run that is cut off has said something. Kernels are compiled by many processes first.
+`--sections` chooses: all of them take about eight minutes, half of it the service.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +27,17 @@ import kernels
 from engine.messages import SamplingParams
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
-from engine.runner.cuda_graphs import CudaGraphs, DecodeGraphs, DecodeRow, triton_step
+from engine.runner.cuda_graphs import (
+    CudaGraphs,
+    DecodeGraphs,
+    DecodeRow,
+    DecodeStep,
+    HostTable,
+    RowTable,
+    Size,
+    rows_of,
+    triton_step,
+)
 from engine.runner.input_batch import InputBatch
 from engine.state.pool import StatePool
 from engine.weights.synthetic import SyntheticShape, save_synthetic
@@ -43,20 +57,20 @@ SHAPES = {
     "1.5B": _shape(24, 2048, 96, 96, 64, 256),
     "7.2B": _shape(32, 4096, 128, 128, 96, 480),
 }
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 960)
+BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 384, 960)
 CONTEXTS = (512, 2048, 8192, 32_768, 131_072)
 PROMPTS = ((1, 512), (1, 1024), (1, 4096), (8, 1024), (32, 1024))
 SLOT_SETS = 3  # disjoint states in turn: a card's cache must not hold what a step reads
 PIECE = 2048  # tokens of a prompt consumed at once
 
 
+COMPILED = (1, 32, 64, 256)  # batch sizes that between them have every variant of a kernel
+SECTIONS = ("ceilings", "correctness", "decode", "prefill", "context", "context_transformer", "service", "pytorch")
+
+
 def main() -> int:
     """Measure, print a line a section, print one JSON line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where generated checkpoints are kept")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.1B", "1.5B"])
-    parser.add_argument("--main-shape", choices=SHAPES, default="1.5B", help="of all sections but decode")
-    options = parser.parse_args()
+    options = _options()
     if not torch.cuda.is_available():
         print("bench-gpu needs a CUDA device, and PyTorch sees none here: nothing was measured.", file=sys.stderr)
         return 2
@@ -64,10 +78,20 @@ def main() -> int:
         print("bench-gpu needs Triton: pip install sostenuto[cuda]. Nothing was measured.", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    paths = {name: ensure_checkpoint(options.cache, name) for name in {*options.shapes, options.main_shape}}
+    if options.compile:
+        compile_for(options.compile, ensure_checkpoint(options.cache, options.main_shape, num_layers=2), device)
+        return 0
     results: dict[str, object] = describe(device)
+    plain = "pytorch" in options.sections and len(options.sections) == 1
+    shapes = {*options.shapes, options.main_shape}
+    paths = {name: ensure_checkpoint(options.cache, name) for name in shapes}
+    if not plain:
+        results["backend"] = kernels.select_backend(device)
+        compile_everything(options)
 
     def section(name: str, measure: Callable[[], object]) -> None:
+        if name not in options.sections:
+            return
         started_at = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -77,20 +101,64 @@ def main() -> int:
         torch.cuda.empty_cache()
         print(f"{name} {time.perf_counter() - started_at:.0f} s: {json.dumps(results[name])}", flush=True)
 
-    main_path = paths[options.main_shape]
+    path = paths[options.main_shape]
     section("ceilings", lambda: ceilings(device))
-    section("decode_pytorch", lambda: {name: decode(paths[name], device, plain_step) for name in options.shapes})
-    section("prefill_pytorch", lambda: prefill(main_path, device))
-    results["backend"] = kernels.select_backend(device)
-    section("correctness", lambda: correctness(paths.get("0.1B", main_path), device))
+    section("correctness", lambda: correctness(path, device))
     section("decode", lambda: {name: decode(paths[name], device, triton_step) for name in options.shapes})
-    section("context", lambda: by_context(main_path, device))
+    section("prefill", lambda: prefill(path, device))
+    section("context", lambda: by_context(path, device))
     section("context_transformer", lambda: transformer_by_context(device))
-    section("prefill", lambda: prefill(main_path, device))
     with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
-        section("service", lambda: measure_service(main_path, Path(directory)))
+        section("service", lambda: measure_service(path, Path(directory)))
+    if plain:
+        section("pytorch", lambda: {"decode": decode(path, device, plain_step), "prefill": prefill(path, device)})
+    else:
+        section("pytorch", lambda: _in_another_process(options))
     print(json.dumps(results))
     return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where generated checkpoints are kept")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.5B"], help="of the section decode")
+    parser.add_argument("--main-shape", choices=SHAPES, default="1.5B", help="of all other sections")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def compile_everything(options: argparse.Namespace) -> None:
+    """Let a process for each of a few steps compile what it runs, all at once: Triton keeps it on disk."""
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--cache", str(options.cache)]
+    command += ["--main-shape", options.main_shape, "--compile"]
+    ensure_checkpoint(options.cache, options.main_shape, num_layers=2)
+    started_at = time.perf_counter()
+    wanted = [*(f"decode {rows}" for rows in COMPILED), "prefill 1024"]
+    processes = [subprocess.Popen([*command, what]) for what in wanted[: os.cpu_count()]]
+    failed = [what for what, process in zip(wanted, processes, strict=False) if process.wait()]
+    print(f"compiled in {time.perf_counter() - started_at:.0f} s{f', but not {failed}' if failed else ''}", flush=True)
+
+
+def compile_for(what: str, path: Path, device: torch.device) -> None:
+    """Run one step, so that its kernels are compiled."""
+    kernels.select_backend(device)
+    kind, count = what.split()
+    model = load_model(path, device, "bfloat16")
+    with torch.inference_mode():
+        if kind == "prefill":
+            consume(model, new_pool(model, 2), [0], int(count))
+        else:
+            table = new_table(int(count), 0, device)
+            triton_step(model, new_pool(model, int(count) + 1), _no_ids(device))(table, _no_samples(device))
+    torch.cuda.synchronize()
+
+
+def _in_another_process(options: argparse.Namespace) -> object:
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--cache", str(options.cache)]
+    command += ["--main-shape", options.main_shape, "--sections", "pytorch"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["pytorch"]
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -109,13 +177,14 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
 
 
-def ensure_checkpoint(directory: Path, name: str) -> Path:
-    """Return a bfloat16 checkpoint of a shape, made on first use."""
-    path = directory / f"rwkv7-{name}-shaped.safetensors"
+def ensure_checkpoint(directory: Path, name: str, num_layers: int | None = None) -> Path:
+    """Return a bfloat16 checkpoint of a shape, with another number of layers if wanted, made on first use."""
+    shape = replace(SHAPES[name], num_layers=num_layers or SHAPES[name].num_layers)
+    path = directory / f"rwkv7-{name}-shaped-{shape.num_layers}-layers.safetensors"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_name("partial-" + path.name)
-        save_synthetic(partial, SHAPES[name], seed=0, dtype=torch.bfloat16)
+        save_synthetic(partial, shape, seed=0, dtype=torch.bfloat16, device="cuda")
         partial.rename(path)
     return path
 
@@ -161,19 +230,34 @@ def _memory_rates(data: torch.Tensor) -> tuple[float, float]:
     return read, data.nbytes / seconds(lambda: data[:half].copy_(data[half:]), 5)
 
 
-def plain_step(
-    model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor
-) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+def plain_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> DecodeStep:
     """As `triton_step`, on PyTorch's operators and greedy: its sampling reads the device."""
-    indices = torch.arange(1025, device=model.device)
 
     def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        num_rows = len(fields["slots"])
         slots = torch.where(fields["slots"] < 0, pool.scratch_slot, fields["slots"])
-        batch = InputBatch(fields["token_ids"], slots, indices[: num_rows + 1], indices[:num_rows])
+        batch = InputBatch(fields["token_ids"], slots, fields["starts"], fields["starts"][1:] - 1)
         return model.logits(model.forward(batch, pool)).argmax(dim=-1)
 
     return step
+
+
+def new_table(num_rows: int, first_slot: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return what a step of `num_rows` rows reads, in consecutive slots, each with tokens of its own."""
+    sampling = [SamplingParams(seed=i, temperature=1.0, top_p=0.9) for i in range(num_rows)]
+    rows = [DecodeRow(first_slot + i, sampling[i], 9, token_id=first_slot + i + 1) for i in range(num_rows)]
+    size = Size(num_rows, num_rows)
+    host, there = HostTable(size, is_pinned=False), RowTable(size, device)
+    host.fill(rows_of(rows), (), size)
+    there.data.copy_(host.data)
+    return there.first(size)
+
+
+def _no_ids(device: torch.device) -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _no_samples(device: torch.device) -> torch.Tensor:
+    return torch.zeros(1024, dtype=torch.int64, device=device)
 
 
 def new_pool(model: RWKV7, num_slots: int) -> StatePool:
@@ -184,8 +268,8 @@ def new_pool(model: RWKV7, num_slots: int) -> StatePool:
     return pool
 
 
-def decode(path: Path, device: torch.device, make_step: Callable[..., object]) -> dict[str, object]:
-    """Tokens a second by batch size: one graph a step, sampled ids consumed before the host has read them."""
+def decode(path: Path, device: torch.device, make_step: Callable[..., DecodeStep]) -> dict[str, object]:
+    """Milliseconds and tokens a second by batch size, sampling included: one graph a step."""
     model = load_model(path, device, "bfloat16")
     figures: dict[str, object] = {}
     for batch in BATCH_SIZES:
@@ -193,29 +277,31 @@ def decode(path: Path, device: torch.device, make_step: Callable[..., object]) -
             figures[str(batch)] = "states do not fit"
             continue
         figures[str(batch)] = decode_rate(model, batch, make_step)
+        print(f"decode {path.stem} {batch}: {figures[str(batch)]}", flush=True)
         torch.cuda.empty_cache()
     return figures
 
 
-def decode_rate(model: RWKV7, batch: int, make_step: Callable[..., object], num_steps: int = 60) -> dict[str, float]:
-    """Median, best and worst of the steps, in pieces of ten."""
+def decode_rate(
+    model: RWKV7, batch: int, make_step: Callable[..., DecodeStep], num_pieces: int = 6
+) -> dict[str, float]:
+    """Median, best and worst of the steps, in pieces of ten; disjoint sets of states in turn."""
+    device = model.device
     pool = new_pool(model, SLOT_SETS * batch + 1)
-    nothing = torch.zeros(0, dtype=torch.int64, device=model.device)
-    graphs = DecodeGraphs(make_step(model, pool, nothing), batch, model.device, CudaGraphs())  # type: ignore[arg-type]
-    sampling = [SamplingParams(seed=i, temperature=1.0, top_p=0.9) for i in range(batch)]
+    step, graphs, sampled = make_step(model, pool, _no_ids(device)), CudaGraphs(), _no_samples(device)
+    tables = [new_table(batch, turn * batch, device) for turn in range(SLOT_SETS)]
+    replays = [
+        graphs.record(lambda table=table: sampled[:batch].copy_(step(table, sampled)))  # type: ignore[misc]
+        for table in tables
+    ]
     num_launched = 0
 
     def launch() -> None:
         nonlocal num_launched
-        first = num_launched % SLOT_SETS * batch
-        rows = [
-            DecodeRow(first + i, sampling[i], num_launched, token_id=i + 1, source=i if num_launched else None)
-            for i in range(batch)
-        ]
-        graphs.launch(rows)
+        replays[num_launched % SLOT_SETS]()
         num_launched += 1
 
-    taken = sorted(seconds(launch, 10) for _ in range(num_steps // 10))
+    taken = sorted(seconds(launch, 10) for _ in range(num_pieces))
     return {
         "tokens_per_second": round(batch / statistics.median(taken), 1),
         "best_ms": round(taken[0] * 1e3, 4),
@@ -256,6 +342,7 @@ def correctness(path: Path, device: torch.device) -> dict[str, bool]:
     figures = {
         "recording_touches_no_state": untouched,
         "repeated_20_times": all(same(most, list(range(64))) for _ in range(20)),
+        "alone_as_among_256": _alone_as_among(model, device),
         "places_exchanged": same(most, list(range(63, -1, -1))),
         "every_bucket": all(same(most, list(range(bucket))) for bucket in graphs.buckets),
         "padding": same(most, [5, 1, 40]),
@@ -269,6 +356,24 @@ def correctness(path: Path, device: torch.device) -> dict[str, bool]:
     pool.load(9, state)
     figures["saved_and_loaded"] = torch.equal(pool.wkv[7], pool.wkv[9]) and torch.equal(pool.shift[7], pool.shift[9])
     return figures
+
+
+def _alone_as_among(model: RWKV7, device: torch.device, most: int = 256) -> bool:
+    """Say whether rows have the same bits in batches of other tiles, states and tokens."""
+    pool = new_pool(model, most + 1)
+    before = pool.wkv.clone(), pool.shift.clone()
+    step, expected = triton_step(model, pool, _no_ids(device)), None
+    for num_rows in (most, 128, 64, 32, 16, 1):
+        pool.wkv.copy_(before[0])
+        pool.shift.copy_(before[1])
+        table = {name: field[:num_rows] for name, field in new_table(most, 0, device).items()}
+        table["starts"] = torch.arange(num_rows + 1, device=device)
+        found = step(table, _no_samples(device)), pool.wkv[:num_rows].clone(), pool.shift[:num_rows].clone()
+        expected = expected or found
+        if not all(torch.equal(left, right[:num_rows]) for left, right in zip(found, expected, strict=True)):
+            print(f"a row among {num_rows} has other bits than among {most}", flush=True)
+            return False
+    return True
 
 
 def _eager_equals(
@@ -332,17 +437,23 @@ def transformer_by_context(device: torch.device) -> dict[str, dict[str, float]]:
     return figures
 
 
-def prefill(path: Path, device: torch.device) -> dict[str, float]:
-    """Tokens a second of prompts, logits of the last token only."""
+def prefill(path: Path, device: torch.device) -> Mapping[str, float]:
+    """Tokens a second of prompts, logits of the last token only; replayed, because the host's launches take longer."""
     model = load_model(path, device, "bfloat16")
     pool = new_pool(model, 33)
-    return {
-        f"{rows} x {length}": round(
-            rows * length / seconds(lambda r=rows, n=length: consume(model, pool, list(range(r)), n), 3),
-            1,  # type: ignore[misc]
-        )
-        for rows, length in PROMPTS
-    }
+    figures = {}
+    for rows, length in PROMPTS:
+        replay = CudaGraphs().record(lambda r=rows, n=length: _prompts(model, pool, r, n))  # type: ignore[misc]
+        figures[f"{rows} x {length}"] = round(rows * length / seconds(replay, 5), 1)
+        print(f"prefill {rows} x {length}: {figures[f'{rows} x {length}']} tokens a second", flush=True)
+    return figures
+
+
+def _prompts(model: RWKV7, pool: StatePool, num_rows: int, length: int) -> None:
+    starts = torch.arange(num_rows + 1, device=model.device) * length
+    ids = torch.arange(num_rows * length, device=model.device) * 7919 % model.config.vocab_size
+    batch = InputBatch(ids, torch.arange(num_rows, device=model.device), starts, starts[1:] - 1)
+    model.logits(model.forward(batch, pool))
 
 
 if __name__ == "__main__":

@@ -180,3 +180,23 @@ def test_an_engine_logs_json_lines_and_keeps_standard_output_for_itself(tmp_path
     output, log = process.communicate()
     assert b"absent.pth" in output
     assert [json.loads(line)["level"] for line in log.splitlines()] == ["error"]
+
+
+@pytest.mark.asyncio
+async def test_a_launched_child_is_the_one_that_start_returns(config: EngineConfig) -> None:
+    """Once: after it has ended, another is started; and one that nobody asked for ends with its host."""
+    host = EngineProcess(config)
+    await host.launch()
+    launched = host.pid
+    engine = AsyncEngine(host)
+    await engine.start()
+    assert host.pid == launched
+    assert launched is not None
+    os.kill(launched, signal.SIGKILL)
+    while not (engine.restarts and engine.is_ready):  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.05)
+    assert host.pid not in (None, launched)
+    await engine.close()
+    await host.launch()
+    await host.stop()
+    assert host.pid is None

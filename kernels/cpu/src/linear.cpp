@@ -11,20 +11,56 @@ namespace {
 
 constexpr int kPanel = 64;               // outputs of a panel
 constexpr int64_t kLine = 64;            // bytes of a cache line
+#if defined(SOSTENUTO_AVX512)
 constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all rows before the next: stays in L2
+#else
+constexpr int64_t kBlockBytes = 32 << 10;  // and a tile's part of it in L1, with its rows
+#endif
 constexpr int64_t kRowsPerTask = 48;     // their sums, 12 KB, stay in L1
 
-// Sums of a tile that fit the target's registers, with room for the weights and an activation.
-#if defined(SOSTENUTO_AVX512)
-constexpr int kTileVectors = 4, kTileSums = 24;
-#elif defined(SOSTENUTO_AVX2)
-constexpr int kTileVectors = 2, kTileSums = 8;
-#else
-constexpr int kTileVectors = 4, kTileSums = 16;
-#endif
+// How a format multiplies: a `Word` of weights belongs to one output, a `Step` of activations meets it. `step` adds the
+// products of one step, R rows times V vectors of outputs, to sums in registers; `width` is the panel's.
+//
+// Where instructions take a word whole, all rows come by while it is in a register or memory.
+template <typename F, int R, int V>
+inline void whole_words(typename F::Sum (&s)[F::planes][R][V], const typename F::Step* x, int64_t x_stride,
+                        const typename F::Word* weights) {
+    for (int r = 0; r < R; ++r)
+        for (int p = 0; p < F::planes; ++p) {
+            const typename F::Word word = x[r * x_stride].words[p];
+            for (int v = 0; v < V; ++v) s[p][r][v] = F::dot(s[p][r][v], weights + v * W, word);
+        }
+}
 
-// How a format multiplies. A `Word` of weights belongs to one output and takes part in `planes` sums, each with a word of
-// its own of the activations' `Step`.
+// Where they do not, a word is taken apart into two factors, once for all rows, which meet the two of the activations.
+// The fewer of both wait in registers.
+template <typename F, int R, int V>
+inline void half_words(typename F::Sum (&s)[1][R][V], const typename F::Step* x, int64_t x_stride,
+                       const typename F::Word* weights) {
+    using Sum = typename F::Sum;
+    for (int half = 1; half >= 0; --half) {
+        const auto activation = [&](int r) -> Sum { return broadcast(x[r * x_stride].factors[half]); };
+        const auto weight = [&](int v) -> Sum {
+            return F::factor(load(reinterpret_cast<const int32_t*>(weights) + v * W), half);
+        };
+        if constexpr (R < V) {
+            Sum activations[R];
+            for (int r = 0; r < R; ++r) activations[r] = activation(r);
+            for (int v = 0; v < V; ++v) {
+                const Sum w = weight(v);
+                for (int r = 0; r < R; ++r) s[0][r][v] = F::add_product(s[0][r][v], w, activations[r]);
+            }
+        } else {
+            Sum w[V];
+            for (int v = 0; v < V; ++v) w[v] = weight(v);
+            for (int r = 0; r < R; ++r) {
+                const Sum each = activation(r);
+                for (int v = 0; v < V; ++v) s[0][r][v] = F::add_product(s[0][r][v], w[v], each);
+            }
+        }
+    }
+}
+
 struct Float32 {
     using Word = float;
     using Sum = vec;
@@ -33,99 +69,174 @@ struct Float32 {
         Word words[planes];
     };
     static vec dot(vec sum, const Word* weights, Word x) { return fma(load(weights), broadcast(x), sum); }
+    template <int R, int V>
+    static void step(vec (&s)[planes][R][V], const Step* x, int64_t x_stride, const Word* weights) {
+        whole_words<Float32, R, V>(s, x, x_stride, weights);
+    }
 };
 
 struct BFloat16 {
     using Word = uint32_t;  // two values
     using Sum = vec;
     static constexpr int depth = 2, planes = 1;
+#if defined(SOSTENUTO_BF16_PRODUCTS)
     struct Step {
         Word words[planes];
     };
     static vec dot(vec sum, const Word* weights, Word x) {
-#if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
         return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(x));
-#else
-        const ivec pairs = load(reinterpret_cast<const int32_t*>(weights));
-        const ivec low = pairs << 16, high = pairs & static_cast<int32_t>(0xffff0000);
-        sum = fma((vec)high, broadcast(from_bf16(x >> 16)), sum);
-        return fma((vec)low, broadcast(from_bf16(x & 0xffff)), sum);
-#endif
     }
+    template <int R, int V>
+    static void step(vec (&s)[planes][R][V], const Step* x, int64_t x_stride, const Word* weights) {
+        whole_words<BFloat16, R, V>(s, x, x_stride, weights);
+    }
+#else
+    struct Step {
+        float factors[2];
+    };
+    static vec factor(ivec pairs, int half) {
+        return (vec)(half == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+    }
+    static vec add_product(vec sum, vec weight, vec x) { return fma(weight, x, sum); }
+    template <int R, int V>
+    static void step(vec (&s)[planes][R][V], const Step* x, int64_t x_stride, const Word* weights) {
+        half_words<BFloat16, R, V>(s, x, x_stride, weights);
+    }
+#endif
 };
 
 struct Int8 {
-    using Word = uint32_t;  // four values, signed; of activations unsigned
+    using Word = uint32_t;  // four values, signed
     using Sum = ivec;
-    static constexpr int depth = 4, planes = 2;
+    static constexpr int depth = 4;
+#if defined(SOSTENUTO_INT8_PRODUCTS)
+    static constexpr int planes = 2;
     struct Step {
-        Word words[planes];  // the upper and the lower bytes of four activations
+        Word words[planes];  // the upper and the lower bytes of four activations, unsigned
     };
-    static ivec dot(ivec sum, const Word* weights, Word x) {
-#if defined(SOSTENUTO_AVX512) && defined(__AVX512VNNI__)
-        return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), _mm512_loadu_si512(weights));
-#else
-        const ivec four = load(reinterpret_cast<const int32_t*>(weights));
-        for (int i = 0; i < depth; ++i)
-            sum = sum + ((four << (24 - 8 * i)) >> 24) * static_cast<int32_t>(x >> (8 * i) & 0xff);
-        return sum;
-#endif
+    static Step quantised(ivec q, int64_t i) {
+        uint8_t bytes[planes][4];
+        for (int j = 0; j < 4; ++j) {
+            bytes[0][j] = static_cast<uint8_t>((q[i + j] + 32896) >> 8);
+            bytes[1][j] = static_cast<uint8_t>(q[i + j] + 32896);
+        }
+        Step step;
+        memcpy(&step, bytes, sizeof step);
+        return step;
     }
+    static ivec dot(ivec sum, const Word* weights, Word x) {
+        return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), _mm512_loadu_si512(weights));
+    }
+    template <int R, int V>
+    static void step(ivec (&s)[planes][R][V], const Step* x, int64_t x_stride, const Word* weights) {
+        whole_words<Int8, R, V>(s, x, x_stride, weights);
+    }
+#else
+    static constexpr int planes = 1;  // of sums over a block, which is short enough for 32 bits
+    struct Step {
+        int32_t factors[2];  // four activations of 16 bits: the first and the third, the second and the fourth
+    };
+    static Step quantised(ivec q, int64_t i) {
+        return {{(q[i] & 0xffff) | q[i + 2] << 16, (q[i + 1] & 0xffff) | q[i + 3] << 16}};
+    }
+    static ivec factor(ivec four, int half) {
+        const pairs upper = half == 0 ? (pairs)four << 8 : (pairs)four;
+        return (ivec)(upper >> 8);
+    }
+    static ivec add_product(ivec sum, ivec weight, ivec x) { return sum + multiply_pairs((pairs)weight, (pairs)x); }
+    template <int R, int V>
+    static void step(ivec (&s)[planes][R][V], const Step* x, int64_t x_stride, const Word* weights) {
+        half_words<Int8, R, V>(s, x, x_stride, weights);
+    }
+#endif
 };
 
+// Tiles whose sums fit the target's registers, with room for the weights and an activation: so many rows at most, and as
+// many vectors of outputs as there is room for beside them. Multiply-adds take about four cycles and two begin in each,
+// so a tile wants eight sums or more.
+#if defined(SOSTENUTO_AVX512)
+constexpr int kMostRows = 6;
+constexpr int tile_vectors(int) { return 4; }
+#elif defined(SOSTENUTO_AVX2)
+constexpr int kMostRows = 6;
+constexpr int tile_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+#else
+constexpr int kMostRows = 4;
+constexpr int tile_vectors(int) { return 4; }
+#endif
+
 template <typename F>
-constexpr int kTileRows = kTileSums / kTileVectors / F::planes;
+constexpr int kTileRows = kMostRows / F::planes;
 
 template <typename F>
 using Item = std::remove_reference_t<decltype(typename F::Sum{}[0])>;
 
-// The sums of some rows in a panel: planes, rows, outputs.
+// The sums of some rows in a panel, between blocks: planes, rows, outputs.
 template <typename F>
 struct Sums {
+    static constexpr int planes = F::planes;
+    static constexpr int64_t longest_block = INT64_MAX;  // in steps
+
     Item<F>* data;
     Item<F>* at(int plane, int64_t row) const { return data + (plane * kRowsPerTask + row) * kPanel; }
+    typename F::Sum begin(int plane, int64_t row, int64_t o) const { return load(at(plane, row) + o); }
+    void end(int plane, int64_t row, int64_t o, typename F::Sum s) const { store(at(plane, row) + o, s); }
 };
 
+#if !defined(SOSTENUTO_INT8_PRODUCTS)
+// Sums of a block, which would not fit 32 bits all together, join two: of their upper three bytes and of their lowest.
+template <>
+struct Sums<Int8> {
+    static constexpr int planes = 2;
+    static constexpr int64_t longest_block = 128;  // 4 products each, of at most 127 times 32639
+
+    int32_t* data;
+    int32_t* at(int plane, int64_t row) const { return data + (plane * kRowsPerTask + row) * kPanel; }
+    ivec begin(int, int64_t, int64_t) const { return ivec{}; }
+    void end(int, int64_t row, int64_t o, ivec s) const {
+        store(at(0, row) + o, load(at(0, row) + o) + (s >> 8));
+        store(at(1, row) + o, load(at(1, row) + o) + (s & 0xff));
+    }
+};
+#endif
+
 // sums += weights of `steps` steps times R rows from `row` on, V vectors from output `o` on. The sums live in registers
-// for the length of the block. With every step, `prefetch_bytes` of what comes next are fetched.
+// for the length of the block. Meanwhile `prefetch_bytes` of what comes next are fetched, evenly.
 template <typename F, int R, int V>
 void tile(const typename F::Step* x, int64_t x_stride, const typename F::Word* weights, int64_t panel_width,
           int64_t steps, const Sums<F>& sums, int64_t row, int64_t o, const char* prefetch, int64_t prefetch_bytes) {
     typename F::Sum s[F::planes][R][V];
     for (int p = 0; p < F::planes; ++p)
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) s[p][r][v] = load(sums.at(p, row + r) + o + v * W);
+            for (int v = 0; v < V; ++v) s[p][r][v] = sums.begin(p, row + r, o + v * W);
+    const int64_t rate = prefetch_bytes * 256 / steps;  // in 256ths of a byte a step
+    int64_t fetched = 0;
     for (int64_t k = 0; k < steps; ++k) {
-        for (int64_t line = 0; line < prefetch_bytes; line += kLine)
-            __builtin_prefetch(prefetch + k * prefetch_bytes + line, 0, 2);
-        for (int r = 0; r < R; ++r)
-            for (int p = 0; p < F::planes; ++p) {
-                const typename F::Word word = x[r * x_stride + k].words[p];
-                for (int v = 0; v < V; ++v) s[p][r][v] = F::dot(s[p][r][v], weights + k * panel_width + v * W, word);
-            }
+        for (; fetched < (k + 1) * rate; fetched += kLine * 256) __builtin_prefetch(prefetch + fetched / 256, 0, 2);
+        F::template step<R, V>(s, x + k, x_stride, weights + k * panel_width);
     }
     for (int p = 0; p < F::planes; ++p)
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) store(sums.at(p, row + r) + o + v * W, s[p][r][v]);
+            for (int v = 0; v < V; ++v) sums.end(p, row + r, o + v * W, s[p][r][v]);
 }
 
 template <typename F>
 using Tile = decltype(&tile<F, 1, 1>);
 
-template <typename F, int V, int R = kTileRows<F>>
-Tile<F> choose_rows(int64_t rows) {
-    if constexpr (R > 1) {
-        if (rows < R) return choose_rows<F, V, R - 1>(rows);
+template <typename F, int R, int V = tile_vectors(R)>
+Tile<F> choose_vectors(int64_t vectors) {
+    if constexpr (V > 1) {
+        if (vectors < V) return choose_vectors<F, R, V - 1>(vectors);
     }
     return tile<F, R, V>;
 }
 
-template <typename F, int V = kTileVectors>
+template <typename F, int R = kTileRows<F>>
 Tile<F> choose_tile(int64_t rows, int64_t vectors) {
-    if constexpr (V > 1) {
-        if (vectors < V) return choose_tile<F, V - 1>(rows, vectors);
+    if constexpr (R > 1) {
+        if (rows < R) return choose_tile<F, R - 1>(rows, vectors);
     }
-    return choose_rows<F, V>(rows);
+    return choose_vectors<F, R>(vectors);
 }
 
 // Where int8 weights keep the scale and the sum of each output's weights, and quantised rows theirs.
@@ -146,13 +257,17 @@ vec result(const Sums<F>& sums, int64_t r, int64_t c, const Product&, int64_t, i
     return load(sums.at(0, r) + c);
 }
 
-// Activations are s (256 (high - 128) + low - 128), see `quantise`; weights t w.
+// Weights are t w, activations s q, see `quantise`; the sum of w q is 256 high + low.
 template <>
 vec result<Int8>(const Sums<Int8>& sums, int64_t r, int64_t c, const Product& product, int64_t row, int64_t o) {
+    ivec high = load(sums.at(0, r) + c), low = load(sums.at(1, r) + c);
+#if defined(SOSTENUTO_INT8_PRODUCTS)
     const ivec offset = load(output_sums(product.weight) + o) * 128;
-    const vec high = to_float(load(sums.at(0, r) + c) - offset), low = to_float(load(sums.at(1, r) + c) - offset);
+    high = high - offset;
+    low = low - offset;
+#endif
     const vec scale = load(output_scales(product.weight) + o) * *row_scale(product.quantised, row, product.weight.in);
-    return fma(high, broadcast(256), low) * scale;
+    return fma(to_float(high), broadcast(256.0f), to_float(low)) * scale;
 }
 
 template <typename F>
@@ -172,6 +287,15 @@ void finish(const Sums<F>& sums, int64_t first_row, int64_t num_rows, int64_t fi
     }
 }
 
+// Where in the next block the part begins that a tile, one in turn of so many, fetches: whole lines a step, or any part.
+inline int64_t prefetch_begin(int64_t steps, int64_t step_bytes, int64_t turn, int64_t turns) {
+#if defined(SOSTENUTO_AVX512)
+    return step_bytes / kLine * turn / turns * steps * kLine;
+#else
+    return steps * step_bytes * turn / turns / kLine * kLine;
+#endif
+}
+
 // One panel times some rows. A few rows share each load of weights; all groups of rows work through a block of weights
 // before the next block, which meanwhile is prefetched: it is next in memory.
 template <typename F>
@@ -187,21 +311,23 @@ void multiply_panel(Member& me, const Product& product, int64_t panel, int64_t f
     const int64_t x_stride = rows.stride * item_bytes(rows.format) / static_cast<int64_t>(sizeof(Step));
     const Step* x = static_cast<const Step*>(rows.data) + first_row * x_stride;
 
-    const Sums<F> sums{static_cast<Item<F>*>(me.scratch(F::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
-    for (int p = 0; p < F::planes; ++p) memset(sums.at(p, 0), 0, num_rows * kPanel * sizeof(Item<F>));
+    const Sums<F> sums{static_cast<Item<F>*>(me.scratch(Sums<F>::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
+    for (int p = 0; p < Sums<F>::planes; ++p) memset(sums.at(p, 0), 0, num_rows * kPanel * sizeof(Item<F>));
     const int64_t groups = (num_rows + kTileRows<F> - 1) / kTileRows<F>;
-    const int64_t step_lines = width * static_cast<int64_t>(sizeof(Word)) / kLine;
-    const int64_t block = std::max<int64_t>(1, kBlockBytes / (width * static_cast<int64_t>(sizeof(Word))));
+    const int64_t step_bytes = width * static_cast<int64_t>(sizeof(Word));
+    const int64_t block = std::min(Sums<F>::longest_block, kBlockBytes / step_bytes);
     for (int64_t k = 0; k < steps; k += block) {
         const int64_t length = std::min(block, steps - k);
         const char* next = reinterpret_cast<const char*>(weights + (k + length) * width);
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t begin = num_rows * g / groups, count = num_rows * (g + 1) / groups - begin;
-            const int64_t first_line = step_lines * g / groups, lines = step_lines * (g + 1) / groups - first_line;
-            for (int64_t v = 0; v < width / W; v += kTileVectors) {
-                choose_tile<F>(count, width / W - v)(x + begin * x_stride + k, x_stride, weights + k * width + v * W,
-                                                     width, length, sums, begin, v * W,
-                                                     next + first_line * length * kLine, v == 0 ? lines * kLine : 0);
+            const int64_t tile_width = tile_vectors(count) * W, tiles = (width + tile_width - 1) / tile_width;
+            for (int64_t i = 0; i < tiles; ++i) {
+                const int64_t o = i * tile_width, turn = g * tiles + i, turns = groups * tiles;
+                const auto begin_of = [&](int64_t turn) { return prefetch_begin(length, step_bytes, turn, turns); };
+                choose_tile<F>(count, (width - o) / W)(x + begin * x_stride + k, x_stride, weights + k * width + o,
+                                                       width, length, sums, begin, o, next + begin_of(turn),
+                                                       begin_of(turn + 1) - begin_of(turn));
             }
         }
     }
@@ -246,9 +372,9 @@ void pack_int8_panel(const Rows& weight, const Matrix& m, int64_t panel) {
     }
 }
 
-// A row becomes integers q in [-32639, 32639] times a scale, and each q two bytes: q = 256 (high - 128) + low - 128.
-// Sums of products of bytes are exact, so no more is lost than the rounding to 16 bits. A row that is not finite gets a
-// scale that is not.
+// A row becomes integers q in [-32639, 32639] times a scale, so no more is lost than the rounding to 16 bits. What is
+// multiplied as bytes gets each q as two, q = 256 (high - 128) + low - 128. A row that is not finite gets a scale that
+// is not.
 void quantise(const Rows& x, int64_t row, int64_t width, const Rows& to) {
     vec most{}, doubt{};
     for (int64_t c = 0; c < width; c += W) {
@@ -259,18 +385,10 @@ void quantise(const Rows& x, int64_t row, int64_t width, const Rows& to) {
     float greatest = 0;
     for (int i = 0; i < W; ++i) greatest = std::max(greatest, most[i]);
     const float scale = greatest / 32639 + sum(doubt), inverse = greatest > 0 ? 32639 / greatest : 0;
-    uint8_t* bytes = static_cast<uint8_t*>(to.data) + row * to.stride;
+    Int8::Step* steps = reinterpret_cast<Int8::Step*>(static_cast<uint8_t*>(to.data) + row * to.stride);
     for (int64_t c = 0; c < width; c += W) {
-        const ivec q = to_nearest(get(x, row, c, width - c) * inverse) + 32896;
-        uint8_t high[W], low[W];
-        for (int i = 0; i < W; ++i) {
-            high[i] = static_cast<uint8_t>(q[i] >> 8);
-            low[i] = static_cast<uint8_t>(q[i]);
-        }
-        for (int64_t i = 0; i < W && c + i < width; i += 4) {
-            memcpy(bytes + (c + i) * 2, high + i, 4);
-            memcpy(bytes + (c + i) * 2 + 4, low + i, 4);
-        }
+        const ivec q = to_nearest(get(x, row, c, width - c) * inverse);
+        for (int64_t i = 0; i < W && c + i < width; i += 4) steps[(c + i) / 4] = Int8::quantised(q, i);
     }
     *row_scale(to, row, width) = scale;
 }

@@ -9,6 +9,9 @@ namespace sostenuto {
 
 using Rows = sostenuto_rows;
 
+// What bfloat16 weights read where no instruction multiplies bfloat16: rows of floats that are such numbers.
+constexpr int32_t kRounded = 16;  // beside the formats of sostenuto.h
+
 inline int64_t item_bytes(int32_t format) {
     switch (format) {
         case SOSTENUTO_INT8: return 1;
@@ -17,11 +20,17 @@ inline int64_t item_bytes(int32_t format) {
     }
 }
 
-// The weights one multiply instruction consumes along `in`; rows that are multiplied are padded to it with zeros.
-inline int64_t depth(int32_t format) { return 4 / item_bytes(format); }
+// The weights of one step of a product; rows that are multiplied are padded to it with zeros.
+inline int64_t depth(int32_t format) { return format == kRounded ? 2 : 4 / item_bytes(format); }
 
-// The format of the rows that such weights are given: their own, or the exact one, to be quantised.
-inline int32_t readable_by(int32_t weights) { return weights == SOSTENUTO_INT8 ? SOSTENUTO_FLOAT32 : weights; }
+// The format of the rows that such weights are given: what their instructions read, or the exact one, to be quantised.
+inline int32_t readable_by(int32_t weights) {
+    switch (weights) {
+        case SOSTENUTO_INT8: return SOSTENUTO_FLOAT32;
+        case SOSTENUTO_BFLOAT16: return kMultipliesBf16 ? SOSTENUTO_BFLOAT16 : kRounded;
+        default: return weights;
+    }
+}
 
 inline vec get(const Rows& rows, int64_t row, int64_t c, int64_t n) {
     const int64_t i = row * rows.stride + c;
@@ -40,7 +49,7 @@ inline void put(const Rows& rows, int64_t row, int64_t c, vec value, int64_t n) 
     if (rows.format == SOSTENUTO_BFLOAT16) {
         store_first(static_cast<bf16*>(rows.data) + i, value, n);
     } else {
-        store_first(static_cast<float*>(rows.data) + i, value, n);
+        store_first(static_cast<float*>(rows.data) + i, rows.format == kRounded ? round_to_bf16(value) : value, n);
     }
 }
 

@@ -92,7 +92,7 @@ Rwkv7Buffers Rwkv7Buffers::lay_out(Arena& arena, const sostenuto_rwkv7_model& mo
     const auto hidden = [&](sostenuto_low_rank sostenuto_rwkv7_layer::*which) {
         int64_t widest = 0;
         for (int64_t i = 0; i < model.num_layers; ++i) widest = std::max(widest, (model.layers[i].*which).up.in);
-        return arena.rows(num_tokens, widest, (layer.*which).up.format);
+        return arena.rows(num_tokens, widest, readable_by((layer.*which).up.format));
     };
     Rwkv7Buffers to;
     to.x = floats(width);

@@ -4,13 +4,12 @@
 #include <cmath>
 #include <functional>
 
-#include "simd.h"
+#include "row.h"
 
 namespace sostenuto {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // weights summed in float32 before their sum joins the others in double
 constexpr int64_t kFew = 64;      // values that are sorted rather than divided further
 
 constexpr float kNever = -1;
@@ -21,23 +20,6 @@ struct Scratch {
     float* weights;      // [V] what is drawn from
     double* sums;        // of each block of weights
 };
-
-// NaN if there is one among them.
-float greatest(const float* logits, int64_t count) {
-    vec most = broadcast(logits[0]), doubt{};
-    int64_t i = 0;
-    for (; i + W <= count; i += W) {
-        const vec x = load(logits + i);
-        most = max(most, x);
-        doubt = doubt + (x == x ? vec{} : x);  // 0 as long as every x equals itself
-    }
-    float lanes[W], result = logits[0];
-    store(lanes, most + doubt);
-    const auto consider = [&](float x) { result = x > result || x != x ? x : result; };
-    std::for_each(lanes, lanes + W, consider);
-    std::for_each(logits + i, logits + count, consider);
-    return result;
-}
 
 // to[i] = exp((logits[i] - shift) * scale), and 0 where that is next to nothing.
 void exponentials(const float* logits, int64_t count, float shift, float scale, float* to) {
@@ -111,6 +93,12 @@ int64_t keep_at_least(const float* values, int64_t count, float bound, float* to
         const int n = __builtin_popcount(mask);
         store_first(to + kept, packed, n);
         kept += n;
+    }
+#else
+    for (; i + W <= count; i += W) {
+        if (!any(load(values + i) >= broadcast(bound))) continue;  // hardly any is
+        for (int64_t j = i; j < i + W; ++j)
+            if (values[j] >= bound) to[kept++] = values[j];
     }
 #endif
     for (; i < count; ++i)

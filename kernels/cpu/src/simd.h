@@ -30,6 +30,16 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
+#define SOSTENUTO_BF16_PRODUCTS 1
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+#if defined(SOSTENUTO_AVX512) && defined(__AVX512VNNI__)
+#define SOSTENUTO_INT8_PRODUCTS 1
+#endif
+
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));
 
@@ -40,6 +50,8 @@ typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4), may_a
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 
 typedef int32_t unaligned_ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+typedef int16_t pairs __attribute__((vector_size(4 * W), may_alias));  // two to a lane of an ivec
 
 static inline ivec load(const int32_t* p) { return *reinterpret_cast<const unaligned_ivec*>(p); }
 
@@ -73,6 +85,20 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+static inline ivec broadcast(int32_t x) { return ivec{} + x; }
+
+// a.low b.low + a.high b.high in every lane.
+static inline ivec multiply_pairs(pairs a, pairs b) {
+#if defined(SOSTENUTO_AVX512)
+    return (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(SOSTENUTO_AVX2)
+    return (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const ivec x = (ivec)a, y = (ivec)b;
+    return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
 #if defined(SOSTENUTO_AVX512)
 static inline __mmask16 first(int64_t n) { return n >= W ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
 #endif
@@ -82,8 +108,9 @@ static inline vec load_first(const float* p, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     return _mm512_maskz_loadu_ps(first(n), p);
 #else
+    if (n >= W) return load(p);
     vec v{};
-    memcpy(&v, p, (n < W ? n : W) * sizeof(float));
+    memcpy(&v, p, n * sizeof(float));
     return v;
 #endif
 }
@@ -92,7 +119,8 @@ static inline void store_first(float* p, vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     _mm512_mask_storeu_ps(p, first(n), v);
 #else
-    memcpy(p, &v, (n < W ? n : W) * sizeof(float));
+    if (n >= W) return store(p, v);
+    memcpy(p, &v, n * sizeof(float));
 #endif
 }
 
@@ -103,8 +131,9 @@ static inline vec first_lanes(vec v, int64_t n) {
 #if defined(SOSTENUTO_AVX512)
     return _mm512_maskz_mov_ps(first(n), v);
 #else
+    if (n >= W) return v;
     vec kept{};
-    memcpy(&kept, &v, (n < W ? n : W) * sizeof(float));
+    memcpy(&kept, &v, n * sizeof(float));
     return kept;
 #endif
 }
@@ -116,11 +145,10 @@ static inline float from_bf16(bf16 x) {
     return value;
 }
 
-static inline bf16 to_bf16(float x) {  // to nearest, ties to even, as PyTorch does it
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x) return static_cast<bf16>(bits >> 16 | 0x40);
-    return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// The nearest numbers that bfloat16 has, ties to even, as PyTorch does it.
+static inline vec round_to_bf16(vec x) {
+    const ivec bits = (ivec)x, nearest = bits + 0x7fff + (bits >> 16 & 1), nan = bits | 0x00400000;
+    return (vec)((x == x ? nearest : nan) & static_cast<int32_t>(0xffff0000));
 }
 
 static inline vec load_first(const bf16* p, int64_t n) {
@@ -128,6 +156,12 @@ static inline vec load_first(const bf16* p, int64_t n) {
     const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #else
+#if defined(SOSTENUTO_AVX2)
+    if (n >= W) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    }
+#endif
     vec v{};
     for (int i = 0; i < W && i < n; ++i) v[i] = from_bf16(p[i]);
     return v;
@@ -141,7 +175,8 @@ static inline void store_first(bf16* p, vec v, int64_t n) {
     const __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
     _mm256_mask_storeu_epi16(p, first(n), half);
 #else
-    for (int i = 0; i < W && i < n; ++i) p[i] = to_bf16(v[i]);
+    const ivec bits = (ivec)round_to_bf16(v);
+    for (int i = 0; i < W && i < n; ++i) p[i] = static_cast<bf16>(bits[i] >> 16);
 #endif
 }
 
@@ -235,6 +270,19 @@ static inline vec tanh(vec x) {
     const vec small = fma(p * z, x, x);
     const vec large = 1.0f - 2.0f / (exp(x + x) + 1.0f);
     return z < 0.390625f ? small : large;
+}
+
+// Whether a comparison holds in any lane.
+static inline bool any(ivec mask) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(SOSTENUTO_AVX2)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t lanes = 0;
+    for (int i = 0; i < W; ++i) lanes |= mask[i];
+    return lanes != 0;
+#endif
 }
 
 static inline vec max(vec a, vec b) { return a < b ? b : a; }  // a NaN in `a` stays

@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "linear.h"
+#include "logprobs.h"
 #include "rwkv7.h"
 #include "sampling.h"
 #include "shift_mix.h"
@@ -43,7 +44,7 @@ bool in_range(const int64_t* indices, int64_t count, int64_t end) {
 
 // A matrix reads rows of its own format, whole steps long; anything else is converted first.
 bool fits(const Rows& rows, const Matrix& weight) {
-    return rows.format == weight.format && weight.in % depth(weight.format) == 0 &&
+    return rows.format == readable_by(weight.format) && weight.in % depth(weight.format) == 0 &&
            rows.stride % depth(weight.format) == 0;
 }
 
@@ -94,7 +95,7 @@ void sostenuto_linear(sostenuto_team* team, int64_t num_rows, const sostenuto_ro
     const bool is_int8 = weight->format == SOSTENUTO_INT8, converts = !is_int8 && !fits(*x, *weight);
     const auto lay_out = [&](Arena arena) {
         if (is_int8) product.quantised = arena.quantised(num_rows, weight->in);
-        if (converts) product.x = arena.rows(num_rows, weight->in, weight->format);
+        if (converts) product.x = arena.rows(num_rows, weight->in, readable_by(weight->format));
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
@@ -110,8 +111,8 @@ void sostenuto_apply_low_rank(sostenuto_team* team, int64_t num_rows, const sost
     const Matrix &down = weights->down, &up = weights->up;
     Rows input, hidden;
     const auto lay_out = [&](Arena arena) {
-        input = arena.rows(num_rows, down.in, down.format);
-        hidden = arena.rows(num_rows, up.in, up.format);
+        input = arena.rows(num_rows, down.in, readable_by(down.format));
+        hidden = arena.rows(num_rows, up.in, readable_by(up.format));
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
@@ -151,6 +152,11 @@ void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t widt
 void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling) {
     Guard guard(team->lock);
     team->run([&](Member& me) { sample(me, *sampling); });
+}
+
+void sostenuto_report_logprobs(sostenuto_team* team, const sostenuto_logprobs* asked) {
+    Guard guard(team->lock);
+    team->run([&](Member& me) { logprobs(me, *asked); });
 }
 
 int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,

@@ -103,6 +103,19 @@ typedef struct {
     int64_t* token_ids;
 } sostenuto_sampling;
 
+/* Rows of logits [num_rows, vocab_size], rows `stride` apart, and a token of each; num_top alternatives a row, at most as
+ * many as there are ids that are not among excluded_ids, which rise. own[num_rows], top and top_ids[num_rows, num_top] are
+ * written. */
+typedef struct {
+    int64_t num_rows, vocab_size, stride;
+    const float* logits;
+    const int64_t* token_ids;
+    int64_t num_top, num_excluded;
+    const int64_t* excluded_ids;
+    float *own, *top;
+    int64_t* top_ids;
+} sostenuto_logprobs;
+
 typedef struct sostenuto_team sostenuto_team;
 
 /* Start `size` threads' worth of team: the caller's and size - 1 of its own. NULL: out of memory or threads. */
@@ -136,6 +149,8 @@ void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t widt
 /* Draw a token for every row: truncation at temperature 1, then temperature, then the inverse of the cumulative
  * distribution in the order of token ids. */
 void sostenuto_sample(sostenuto_team* team, const sostenuto_sampling* sampling);
+/* Natural logarithms of the tokens' probabilities, and of the most likely ones', the lowest id first among equals. */
+void sostenuto_report_logprobs(sostenuto_team* team, const sostenuto_logprobs* asked);
 /* Consume the batch's tokens, advance both kinds of states in place, and write the residual stream after the last layer
  * for the tokens that output_rows[num_outputs] names: hidden[num_outputs, C] float32. Returns 0; or 1, having done
  * nothing, if an index is out of range. */

@@ -1,8 +1,9 @@
 """`python -m tests.benchmarks.peers.compare`: ours beside other implementations, in interleaved rounds. JSON last.
 
 The `rwkv` package and a plain PyTorch step always; with `--llama-cpp` (`make bench-peers`) llama.cpp too, built from
-source for this machine, which takes a while. All read the same generated weights, and none is timed whose logits do
-not agree with ours. Environments are made on first use in `--environments`, outside of the repository: our package
+source for this machine once, which takes a quarter of an hour on two cores; then the whole takes a few minutes. All
+read the same generated weights, and none is timed whose logits do not agree with ours, of a prompt and of sequences
+that decode together. Environments are made on first use in `--environments`, outside of the repository: our package
 `kernels` would shadow another of that name.
 """
 
@@ -16,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,21 @@ from tests.conftest import ROOT
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = Path(tempfile.gettempdir()) / "sostenuto-bench-peers"
-BATCH_SIZES = (1, 4, 16, 64)
-PREFILL_TOKENS = 512
-# Ours differ from float64 by less; implementations in bfloat16 differ from each other by more than that.
-MIN_CORRELATION = 0.99
+DECODE_STEPS = {1: 16, 4: 8, 16: 4, 64: 2}  # by batch size: a second or so each for whoever is slow
+PREFILL = "prefill_512"
+CHECKED_TOKENS = 24
+CHECKED_BATCH = 4
+SETTLE_SECONDS = 0.05
+# The library alone: what is built beside it takes most of the time.
+LLAMA_CPP_OPTIONS = (
+    "-DGGML_NATIVE=ON", "-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_TOOLS=OFF", "-DLLAMA_BUILD_SERVER=OFF",
+)  # fmt: skip
+
+# Correlation with our logits. Implementations in bfloat16 differ by a few hundredths of a percent of a row's variance,
+# those whose weights have 8 bits by the rounding of the weights, ours and theirs.
+MIN_CORRELATION = 0.9995
+MIN_CORRELATION_8_BITS = 0.995
 
 
 def default_threads() -> int:
@@ -45,7 +58,6 @@ class Settings:
     """How much is measured."""
 
     rounds: int = 3
-    decode_tokens: int = 16
     with_llama_cpp: bool = False
     num_threads: int = 0
     environments: Path = ENVIRONMENTS
@@ -65,7 +77,9 @@ class PeerProcess:
             command, cwd=directory, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, bufsize=1,
         )  # fmt: skip
-        self.max_batch: int = self._read()["max_batch"]
+        limits = self._read()
+        self.max_batch: int = limits["max_batch"]
+        self.max_prompt: int = limits["max_prompt"]
 
     def ask(self, what: str, token_ids: list[int], batch_size: int = 1) -> Any:
         """Return the answer to one question."""
@@ -118,70 +132,116 @@ def install_llama_cpp(python: Path) -> None:
     """llama.cpp, compiled for this machine, and what writes its files."""
     pip_install(
         python, "--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf",
-        CMAKE_ARGS="-DGGML_NATIVE=ON", CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1),
+        CMAKE_ARGS=" ".join(LLAMA_CPP_OPTIONS), CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1),
     )  # fmt: skip
 
 
-def start_peers(model: Path, settings: Settings) -> dict[str, PeerProcess]:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One implementation among those compared."""
+
+    peer: PeerProcess
+    ours: str = "ours"  # which of ours it is compared with
+    has_8_bits: bool = False  # measured for one sequence only: that is what 8 bits are for
+
+    @property
+    def min_correlation(self) -> float:
+        """How well its logits agree with those of our model in 16 bits."""
+        return MIN_CORRELATION_8_BITS if self.has_8_bits else MIN_CORRELATION
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """What it is measured with."""
+        return [1] if self.has_8_bits else [size for size in DECODE_STEPS if size <= self.peer.max_batch]
+
+
+def start_peers(model: Path, settings: Settings) -> dict[str, Entry]:
     """Start ours and all peers."""
     arguments = [str(model.resolve()), str(settings.threads)]
-    ours = [sys.executable, "-m", "tests.benchmarks.peers.ours", *arguments]
-    peers = {"ours": PeerProcess(ours, ROOT, {"PYTHONPATH": str(ROOT)})}
-    pythons = {"torch": (Path(sys.executable), "plain_torch.py")}
     directory = settings.environments
-    pythons["rwkv"] = (ensure_environment(directory / "rwkv", install_rwkv), "rwkv_package.py")
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def ours(*dtype: str) -> PeerProcess:
+        command = [sys.executable, "-m", "tests.benchmarks.peers.ours", *arguments, *dtype]
+        return PeerProcess(command, ROOT, {"PYTHONPATH": str(ROOT)})
+
+    def other(python: Path, script: str, *options: str) -> PeerProcess:
+        return PeerProcess([str(python), str(HERE / script), *arguments, *options], directory, {"PYTHONPATH": ""})
+
+    entries = {"ours": Entry(ours())}
+    entries["rwkv"] = Entry(other(ensure_environment(directory / "rwkv", install_rwkv), "rwkv_package.py"))
+    entries["torch"] = Entry(other(Path(sys.executable), "plain_torch.py"))
     if settings.with_llama_cpp:
-        pythons["llama.cpp"] = (ensure_environment(directory / "llama.cpp", install_llama_cpp), "llama_cpp_peer.py")
-    for name, (python, script) in pythons.items():
-        peers[name] = PeerProcess([str(python), str(HERE / script), *arguments], directory, {"PYTHONPATH": ""})
-    return peers
-
-
-def agreement(first: list[float], second: list[float]) -> float:
-    """Return the correlation of two rows of logits."""
-    return statistics.correlation(first, second)
+        python = ensure_environment(directory / "llama.cpp", install_llama_cpp)
+        entries["llama.cpp"] = Entry(other(python, "llama_cpp_peer.py"))
+        entries["ours int8"] = Entry(ours("int8"), "ours int8", has_8_bits=True)
+        entries["llama.cpp Q8_0"] = Entry(other(python, "llama_cpp_peer.py", "Q8_0"), "ours int8", has_8_bits=True)
+    return entries
 
 
 def compare(model: Path, settings: Settings) -> dict[str, object]:
     """Return `peers`: tokens a second by implementation and batch size, and ours over theirs."""
-    peers = start_peers(model, settings)
+    entries = start_peers(model, settings)
     try:
-        return measure(peers, settings)
+        numbers = random.Random(0)
+        prompt = [numbers.randrange(1, 65_529) for _ in range(512)]
+        agreements = check(entries, prompt[:CHECKED_TOKENS])
+        rounds = [measure(entries, prompt, numbers) for _ in tqdm(range(settings.rounds), desc="peers")]
     finally:
-        for peer in peers.values():
-            peer.close()
+        for entry in entries.values():
+            entry.peer.close()
+    return {name: summary(name, entry, rounds) | agreements[name] for name, entry in entries.items()}
 
 
-def measure(peers: dict[str, PeerProcess], settings: Settings) -> dict[str, object]:
-    """Check every peer's logits, then measure all in interleaved rounds."""
-    numbers = random.Random(0)
-    prompt = [numbers.randrange(1, 65_529) for _ in range(PREFILL_TOKENS)]
-    logits = {name: peer.ask("logits", prompt[:32]) for name, peer in peers.items()}
-    agreements = {name: agreement(logits["ours"], row) for name, row in logits.items()}
-    for name, value in agreements.items():
-        if not value >= MIN_CORRELATION:
-            raise RuntimeError(f"{name} computes something else: its logits correlate with ours by {value:.4f}")
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in peers}
-    for _ in tqdm(range(settings.rounds), desc="peers"):
-        for batch_size in BATCH_SIZES:
-            for name, peer in peers.items():
-                if batch_size <= peer.max_batch:
-                    seconds = peer.ask("decode", prompt[: settings.decode_tokens], batch_size)
-                    rate = settings.decode_tokens * batch_size / seconds
-                    rates[name].setdefault(f"decode_{batch_size}", []).append(rate)
-        for name, peer in peers.items():
-            rates[name].setdefault(f"prefill_{PREFILL_TOKENS}", []).append(PREFILL_TOKENS / peer.ask("prefill", prompt))
-    medians = {
-        name: {what: statistics.median(values) for what, values in found.items()} for name, found in rates.items()
-    }
-    ours = medians["ours"]
+def check(entries: dict[str, Entry], token_ids: list[int]) -> dict[str, dict[str, float]]:
+    """Return the least correlation of everybody's logits with ours; raises `RuntimeError` where that is too little."""
+    ours = entries["ours"].peer
+    found = {}
+    for name, entry in entries.items():
+        batch_size = min(CHECKED_BATCH, entry.peer.max_batch)
+        correlation = min(
+            statistics.correlation(ours.ask(what, token_ids), entry.peer.ask(what, token_ids, batch_size))
+            for what in ("prompt_logits", "decode_logits")
+        )
+        if not correlation >= entry.min_correlation:
+            raise RuntimeError(f"{name} computes something else: its logits correlate with ours by {correlation:.5f}")
+        found[name] = {"logits_correlation": round(correlation, 6)}
+    return found
+
+
+def measure(entries: dict[str, Entry], prompt: list[int], order: random.Random) -> dict[str, dict[str, float]]:
+    """Return tokens a second by implementation and what was done, everybody in turn, in an order of the round's own."""
+    rates: dict[str, dict[str, float]] = {name: {} for name in entries}
+    names = order.sample(list(entries), len(entries))
+    for batch_size, steps in DECODE_STEPS.items():
+        for name in names:
+            if batch_size in entries[name].batch_sizes:
+                seconds = ask_alone(entries[name].peer, "decode", prompt[:steps], batch_size)
+                rates[name][f"decode_{batch_size}"] = steps * batch_size / seconds
+    for name in names:
+        if not entries[name].has_8_bits:
+            count = min(len(prompt), entries[name].peer.max_prompt)
+            rates[name][PREFILL] = count / ask_alone(entries[name].peer, "prefill", prompt[:count])
+    return rates
+
+
+def ask_alone(peer: PeerProcess, what: str, token_ids: list[int], batch_size: int = 1) -> float:
+    """Return the seconds that something takes when the threads of whoever came before have gone to sleep."""
+    time.sleep(SETTLE_SECONDS)
+    return float(peer.ask(what, token_ids, batch_size))
+
+
+def summary(name: str, entry: Entry, rounds: list[dict[str, dict[str, float]]]) -> dict[str, object]:
+    """Return the medians of one implementation's rates, and of the rounds' ratios of ours to it."""
+
+    def median(values: Iterator[float]) -> float:
+        return statistics.median(values)
+
     return {
-        name: {
-            "tokens_per_second": {what: round(rate, 1) for what, rate in found.items()},
-            "ours_over_it": {what: round(ours[what] / rate, 2) for what, rate in found.items()},
-            "logits_correlation": round(agreements[name], 5),
-        }
-        for name, found in medians.items()
+        "tokens_per_second": {what: round(median(r[name][what] for r in rounds), 1) for what in rounds[0][name]},
+        "ours_over_it": {
+            what: round(median(r[entry.ours][what] / r[name][what] for r in rounds), 2) for what in rounds[0][name]
+        },
     }
 
 

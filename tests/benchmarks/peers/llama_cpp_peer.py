@@ -1,4 +1,7 @@
-"""llama.cpp: `python llama_cpp_peer.py MODEL THREADS`, in an environment with `llama-cpp-python` and `gguf`."""
+"""llama.cpp: `python llama_cpp_peer.py MODEL THREADS [FORMAT]`, in an environment with `llama-cpp-python` and `gguf`.
+
+FORMAT is that of the large matrices, BF16 or Q8_0.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ NAMES = {
     "ffn.key": "channel_mix_key", "ffn.value": "channel_mix_value",
 }  # fmt: skip
 TRANSPOSED = tuple(f"att.{letter}{i}" for letter in "wavg" for i in (1, 2))
+LOW_RANK = tuple(f"time_mix_{letter}{i}.weight" for letter in "wavg" for i in (1, 2))
 FLOAT32 = ("time_mix_w1.weight", "time_mix_w2.weight", "time_mix_lerp_fused.weight")  # as its own converter has it
 
 
@@ -61,8 +65,8 @@ def num_layers(weights: dict[str, np.ndarray]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
 
 
-def convert(source: Path, target: Path) -> None:
-    """Write the weights as GGUF, matrices in bfloat16."""
+def convert(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Write the weights as GGUF, large matrices as `kind` has them, low-rank ones in bfloat16."""
     weights = read_safetensors(source)
     vocab_size, width = weights["emb.weight"].shape
     writer = gguf.GGUFWriter(target, "rwkv7")
@@ -77,31 +81,39 @@ def convert(source: Path, target: Path) -> None:
     writer.add_gate_lora_rank(weights["blocks.0.att.g1"].shape[1])
     writer.add_feed_forward_length(weights["blocks.0.ffn.key.weight"].shape[0])
     writer.add_head_count(0)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_tokenizer_model("rwkv")
     writer.add_token_list([b"<s>", *(b"t%d" % i for i in range(1, vocab_size))])
     writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (vocab_size - 1)])
     for name, values in gguf_tensors(weights).items():
         if values.ndim == 1 or name.endswith(FLOAT32):
-            writer.add_tensor(name, (values.astype(np.uint32) << 16).view(np.float32))
-        else:
+            writer.add_tensor(name, as_float32(values))
+        elif kind == gguf.GGMLQuantizationType.BF16 or name.endswith(LOW_RANK):
             writer.add_tensor(name, values.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(as_float32(values), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Return the numbers that bfloat16 bits stand for."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
 class LlamaCpp:
     """Its C interface: one context for decoding many sequences, one batch a step."""
 
     max_batch = 64
+    max_prompt = 512
 
-    def __init__(self, path: str, num_threads: int) -> None:
-        model_path = Path(path).with_suffix(".gguf")
+    def __init__(self, path: str, num_threads: int, kind: str = "BF16") -> None:
+        model_path = Path(path).with_suffix(f".{kind}.gguf")
         if not model_path.exists():
             partial = model_path.with_name("partial-" + model_path.name)
-            convert(Path(path), partial)
+            convert(Path(path), partial, gguf.GGMLQuantizationType[kind])
             partial.rename(model_path)
         llama.llama_backend_init()
         model = llama.llama_model_load_from_file(str(model_path).encode(), llama.llama_model_default_params())
@@ -130,6 +142,10 @@ class LlamaCpp:
         self.begin(1)
         last = len(token_ids) - 1
         self._run([(token_id, position, 0, position == last) for position, token_id in enumerate(token_ids)])
+        return self.last_logits()
+
+    def last_logits(self) -> list[float]:
+        """Of the last token of the last batch."""
         logits = llama.llama_get_logits_ith(self._context, -1)
         return [*ctypes.cast(logits, ctypes.POINTER(ctypes.c_float * self._num_tokens)).contents]
 
@@ -145,4 +161,4 @@ class LlamaCpp:
 
 
 if __name__ == "__main__":
-    answer_questions(LlamaCpp(sys.argv[1], int(sys.argv[2])))
+    answer_questions(LlamaCpp(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

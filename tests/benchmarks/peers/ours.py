@@ -1,4 +1,4 @@
-"""Our kernels without the engine around them: `python -m tests.benchmarks.peers.ours MODEL THREADS`."""
+"""Our kernels without the engine around them: `python -m tests.benchmarks.peers.ours MODEL THREADS [DTYPE]`."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ from tests.benchmarks.peers.protocol import answer_questions
 class Ours:
     """The model, its forward pass and its logits."""
 
-    max_batch = 256
+    max_batch = 64
+    max_prompt = 512
 
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int, dtype: str = "auto") -> None:
         config = EngineConfig(
-            model_path=path, tokenizer="world", num_threads=num_threads, max_num_seqs=self.max_batch,
-            max_num_batched_tokens=512,
+            model_path=path, tokenizer="world", num_threads=num_threads, dtype=dtype, max_num_seqs=self.max_batch,
+            max_num_batched_tokens=self.max_prompt,
         )  # fmt: skip
         self._runner = load_runner(config, lambda _: ())
-        self._position = 0
 
     def begin(self, batch_size: int) -> None:
         """Clear the slots."""
-        self._position = 0
         for slot in range(batch_size):
             self._runner.start(slot)
 
     def decode(self, token_ids: list[int]) -> None:
         """One token a slot."""
-        self._position += 1
-        self._run([Chunk(slot, [token_id], self._position) for slot, token_id in enumerate(token_ids)])
+        self._logits = self._run([Chunk(slot, [token_id]) for slot, token_id in enumerate(token_ids)])
+
+    def last_logits(self) -> list[float]:
+        """Of the last slot."""
+        logits: list[float] = self._logits[-1].tolist()
+        return logits
 
     def prefill(self, token_ids: list[int]) -> list[float]:
         """A whole prompt in one chunk."""
         self._runner.start(0)
-        logits: list[float] = self._run([Chunk(0, token_ids, len(token_ids))])[0].tolist()
+        logits: list[float] = self._run([Chunk(0, token_ids)])[0].tolist()
         return logits
 
     @torch.inference_mode()
@@ -50,4 +53,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    answer_questions(Ours(sys.argv[1], int(sys.argv[2])))
+    answer_questions(Ours(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))

@@ -18,7 +18,8 @@ from torch import nn
 class PlainTorch:
     """Weights by their official names."""
 
-    max_batch = 256
+    max_batch = 64
+    max_prompt = 24
 
     def __init__(self, path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -41,7 +42,12 @@ class PlainTorch:
 
     def decode(self, token_ids: list[int]) -> None:
         """One token a row."""
-        self._step(token_ids)
+        self._logits = self._step(token_ids)
+
+    def last_logits(self) -> list[float]:
+        """Of the last row."""
+        logits: list[float] = self._logits[-1].tolist()
+        return logits
 
     def prefill(self, token_ids: list[int]) -> list[float]:
         """One token after the other."""

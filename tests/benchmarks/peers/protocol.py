@@ -19,6 +19,7 @@ class Peer(Protocol):
     """One implementation with its weights loaded."""
 
     max_batch: int  # sequences it can decode together
+    max_prompt: int  # tokens of a prompt it is timed with: fewer where each takes a step of its own
 
     def begin(self, batch_size: int) -> None:
         """Forget everything; `batch_size` empty sequences begin."""
@@ -28,6 +29,10 @@ class Peer(Protocol):
         """Consume one token of every sequence and compute its logits."""
         ...
 
+    def last_logits(self) -> list[float]:
+        """Return the last sequence's logits as `decode` computed them."""
+        ...
+
     def prefill(self, token_ids: list[int]) -> list[float]:
         """Consume a prompt from the empty history; return the logits after it."""
         ...
@@ -35,16 +40,24 @@ class Peer(Protocol):
 
 def answer_questions(peer: Peer) -> None:
     """Answer until standard input ends."""
-    print(json.dumps({"max_batch": peer.max_batch}), file=_answers)
+    print(json.dumps({"max_batch": peer.max_batch, "max_prompt": peer.max_prompt}), file=_answers)
     for line in sys.stdin:
         question = json.loads(line)
         print(json.dumps(_answer(peer, **question)), file=_answers)
 
 
 def _answer(peer: Peer, what: str, token_ids: list[int], batch_size: int = 1) -> object:
-    """Decode `token_ids` in every sequence, or consume them as a prompt; logits or seconds."""
-    if what == "logits":
+    """Return logits after `token_ids` as a prompt, or decoded by the last of some sequences; or how long either takes.
+
+    Where logits are wanted, the sequences before the last are late by one token each: no two consume the same.
+    """
+    if what == "prompt_logits":
         return peer.prefill(token_ids)
+    if what == "decode_logits":
+        peer.begin(batch_size)
+        for step in range(len(token_ids)):
+            peer.decode([token_ids[step - batch_size + 1 + row] for row in range(batch_size)])
+        return peer.last_logits()
     if what == "decode":
         peer.begin(batch_size)
         peer.decode([BOS] * batch_size)  # not counted

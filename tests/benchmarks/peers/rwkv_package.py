@@ -19,6 +19,7 @@ class RwkvPackage:
     """Its model, fastest strategy on this processor; decodes one sequence at a time."""
 
     max_batch = 1
+    max_prompt = 512
 
     def __init__(self, path: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -39,7 +40,12 @@ class RwkvPackage:
 
     def decode(self, token_ids: list[int]) -> None:
         """One token."""
-        _, self._state = self._model.forward(token_ids, self._state)
+        self._logits, self._state = self._model.forward(token_ids, self._state)
+
+    def last_logits(self) -> list[float]:
+        """Of the only sequence."""
+        logits: list[float] = self._logits.float().tolist()
+        return logits
 
     def prefill(self, token_ids: list[int]) -> list[float]:
         """A whole prompt."""

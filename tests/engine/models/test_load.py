@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from engine.errors import ModelFileError
 from engine.models import load
 from engine.models.load import choose_dtype, load_model
@@ -18,7 +19,7 @@ SHAPE = SyntheticShape(num_layers=2, width=32, head_size=8, vocab_size=50)
 
 
 @pytest.mark.parametrize(
-    ("stored", "num_parameters", "in_hardware", "chosen"),
+    ("stored", "num_parameters", "is_fast", "chosen"),
     [
         (torch.bfloat16, LARGE, True, torch.bfloat16),
         (torch.float16, LARGE, True, torch.bfloat16),
@@ -27,15 +28,15 @@ SHAPE = SyntheticShape(num_layers=2, width=32, head_size=8, vocab_size=50)
         (torch.bfloat16, LARGE - 1, True, torch.float32),
     ],
 )
-def test_auto_chooses_bfloat16_for_large_16_bit_models_where_hardware_has_it(
+def test_auto_chooses_bfloat16_for_large_16_bit_models_where_it_is_fast(
     monkeypatch: pytest.MonkeyPatch,
     stored: torch.dtype,
     num_parameters: int,
-    in_hardware: bool,
+    is_fast: bool,
     chosen: torch.dtype,
 ) -> None:
     """Everything else runs in float32."""
-    monkeypatch.setattr(load, "_multiplies_bfloat16", lambda device: in_hardware)
+    monkeypatch.setattr(kernels, "is_fast_in_bfloat16", lambda device: is_fast)
     assert choose_dtype("auto", stored, num_parameters, CPU) == chosen
 
 

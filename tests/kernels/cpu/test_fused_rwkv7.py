@@ -169,3 +169,20 @@ def test_what_another_implementation_packed_is_not_fused() -> None:
     layers = [replace(first, time_mixing=replace(first.time_mixing, output=foreign)), *weights.layers[1:]]
     assert isinstance(runnable(replace(weights, layers=layers), torch.float32), OperatorByOperator)
     assert not isinstance(runnable(weights, torch.float32), OperatorByOperator)
+
+
+def test_logits_keep_their_bytes_while_they_or_a_view_of_them_are_held() -> None:
+    """Their memory is used again once nobody holds it, and not before."""
+    logits = Model(torch.float32).ways["fused"].logits
+    hidden = torch.randn(3, 4, C)
+    whole, row = logits(hidden[0]), logits(hidden[1])[2]
+    kept_whole, kept_row = whole.clone(), row.clone()
+    logits(hidden[2])
+    assert whole.equal(kept_whole)
+    assert row.equal(kept_row)
+    last = logits(hidden[2])
+    address = last.data_ptr()
+    del last
+    assert logits(hidden[1]).data_ptr() == address
+    assert logits(hidden[1]).data_ptr() == address
+    assert logits(hidden[0, :0]).shape == (0, V)
