@@ -2,9 +2,9 @@
 
 Sections: ceilings of the card; correctness on it; decode by batch size; prompts; a step and its context, beside a
 transformer of the size; the service; then, in a process of its own because operators cannot be taken back from a
-device, plain PyTorch captured as ours is. A section that fails says so in the result and the others run; each figure is printed
-when it is known, so that a run that is cut off has said something. Kernels are compiled by many processes first.
-`--sections` chooses: all of them take about eight minutes, half of it the service.
+device, plain PyTorch captured as ours is. A section that fails says so in the result and the others run; each figure
+is printed when it is known, so that a run that is cut off has said something. Kernels are compiled by many processes
+first. `--sections` chooses: the service is the longest by far.
 """
 
 from __future__ import annotations
