@@ -60,6 +60,10 @@ _FAILURES = {
     "engine_error": "rwkv_engine_errors_total",
 }
 
+# A prompt cut at multiples of it has the same bits as an uncut one on devices too whose operators take several tokens
+# at once (`kernels/README.md`, Prompts).
+CHUNK_LEN = 32
+
 MAX_COMPILE_SECONDS = 10.0  # for a grammar, with those before it; then its sequence waits no longer
 
 SequenceEvent = SequenceStarted | SequenceOutput | SequenceFailed
@@ -304,7 +308,7 @@ class Scheduler:
                 rows.append((sequence, sequence.next_chunk(1)))
         budget -= len(rows)
         for sequence in prompts:
-            if num_tokens := min(sequence.num_runnable, budget):
+            if num_tokens := _piece(sequence.num_runnable, budget):
                 rows.append((sequence, sequence.next_chunk(num_tokens)))
                 budget -= num_tokens
         return rows
@@ -591,6 +595,13 @@ class Scheduler:
 
     def _emit(self, sequence: Sequence, event: SequenceEvent) -> None:
         self._events.append((sequence.client, event))
+
+
+def _piece(num_tokens: int, budget: int) -> int:
+    """Return how many of so many tokens to consume now: if not all, a multiple of what an operator does at once."""
+    if num_tokens <= budget:
+        return num_tokens
+    return budget - budget % CHUNK_LEN or budget
 
 
 def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:

@@ -367,6 +367,16 @@ def test_a_long_prompt_never_makes_others_wait() -> None:
         assert [len(client.token_ids) for client in talking] == [num_steps] * 3
 
 
+def test_a_prompt_is_cut_where_operators_end_a_chunk() -> None:
+    """In multiples of their chunks while it is cut at all, whoever else takes from the budget."""
+    simulation = Simulation(max_num_batched_tokens=70)
+    talking = simulation.submit(request_of("talk", [1], max_tokens=40))
+    simulation.step()
+    simulation.submit(request_of("long", [1] * 170, max_tokens=1))
+    assert [simulation.step() for _ in range(3)] == [1 + 64, 1 + 64, 1 + 42]
+    assert len(talking.token_ids) == 4
+
+
 def test_a_single_token_overtakes_a_long_prompt() -> None:
     """What costs one token never waits for what costs many, even if that came first."""
     simulation = Simulation(max_num_batched_tokens=8)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from engine.scheduler import scheduler
 from tests.kernels.wkv_case import NUM_SLOTS, WkvCase, starts_of
 
 wkv7 = pytest.importorskip("kernels.triton.wkv7", reason="Triton is not installed: pip install sostenuto[cuda]")
@@ -106,3 +107,8 @@ def test_thousands_of_tokens_do_not_drift(random: torch.Generator, device: torch
     case.k[:] = case.k[0]
     case.decay[:] = -6.0
     check(case, [num_tokens], 1e-4)
+
+
+def test_the_scheduler_cuts_where_chunks_end() -> None:
+    """Otherwise a prompt that is cut by the budget would have other bits than one that is not."""
+    assert scheduler.CHUNK_LEN % wkv7.CHUNK_LEN == 0
