@@ -131,10 +131,10 @@ VARIANTS: Mapping[str, Variant] = {
         f"wkv7 {name}, {precision}": Variant(
             kernel, _TYPES, {**_CHUNK, **constants, "PRECISION": precision}, Budget(255, 8), {"num_warps": warps}
         )
-        for precision, prepare_warps in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+        for precision, of_chunks in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
         for name, kernel, constants, warps in (
-            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, wkv7.SOLVE_WARPS),
-            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, prepare_warps),
+            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, of_chunks),
+            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, of_chunks),
             ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS),
         )
     },
@@ -142,7 +142,7 @@ VARIANTS: Mapping[str, Variant] = {
         wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
     ),
     "shift_mix step, six mixes": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(64, 30), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(80, 26), _PARTS_OPTIONS
     ),
     "shift_mix step, one mix": Variant(
         shift_mix.step_kernel, _TYPES, {**_PARTS, **_ONE}, Budget(64, 15), _PARTS_OPTIONS
@@ -151,7 +151,7 @@ VARIANTS: Mapping[str, Variant] = {
         shift_mix.prefill_kernel,
         _TYPES,
         {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024},
-        Budget(80, 40),
+        Budget(80, 22),
         _PARTS_OPTIONS,
     ),
     "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(64, 10), _PARTS_OPTIONS),
@@ -166,25 +166,25 @@ VARIANTS: Mapping[str, Variant] = {
         _PARTS_OPTIONS,
     ),
     "norm": Variant(residual.norm_kernel, _TYPES, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS),
-    "project, 1 row": _project(1, 96, "m64n16k16"),
-    "project, 32 rows": _project(32, 96, "m64n32k16"),
+    "project, 1 row": _project(1, 112, "m64n16k16"),
+    "project, 32 rows": _project(32, 120, "m64n32k16"),
     "project, 256 rows": _project(256, 168, "m64n128k16"),
-    "project, 2048 rows": _project(2048, 224, "m64n128k16"),
+    "project, 2048 rows": _project(2048, 240, "m64n256k16"),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),
     "raise, 64 rows": _raise(64, 168, "m64n64k16"),
-    "linear C x C, 1 row": _linear(C, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
+    "linear C x C, 1 row": _linear(C, C, "bf16", 1, 56, 4, "m64n16k16", "none"),
     "linear C x C, 32 rows": _linear(C, C, "bf16", 32, 64, 4, "m64n32k16", "none"),
     "linear C x C, 64 rows": _linear(C, C, "bf16", 64, 96, 4, "m64n64k16", "none"),
     "linear C x C, 256 rows": _linear(C, C, "bf16", 256, 160, 4, "m64n128k16", "none"),
     "linear C x C, 2048 rows": _linear(C, C, "bf16", 2048, 216, 4, "m64n128k16", "none"),
-    "linear F x C, 1 row": _linear(F, C, "bf16", 1, 88, 4, "m64n16k16", "none"),
-    "linear C x F, 1 row": _linear(C, F, "bf16", 1, 88, 4, "m64n16k16", "none"),
-    "linear V x C, 1 row": _linear(V, C, "bf16", 1, 88, 4, "m64n16k16", "none"),
+    "linear F x C, 1 row": _linear(F, C, "bf16", 1, 96, 4, "m64n16k16", "none"),
+    "linear C x F, 1 row": _linear(C, F, "bf16", 1, 96, 4, "m64n16k16", "none"),
+    "linear V x C, 1 row": _linear(V, C, "bf16", 1, 96, 4, "m64n16k16", "none"),
     "linear C x C int8, 1 row": _linear(C, C, "i8", 1, 96, 4, "m64n16k16", "none"),
     "low rank down, 1 row": _linear(96, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "low rank up, 1 row": _linear(C, 96, "bf16", 1, 40, 4, "m64n16k16", "sigmoid"),
-    "decay down, 1 row": _linear(96, C, "fp32", 1, 192, 4, None, "none"),
-    "decay up, 1 row": _linear(C, 96, "fp32", 1, 192, 4, None, "sigmoid"),
+    "decay down, 1 row": _linear(96, C, "fp32", 1, 200, 4, None, "none"),
+    "decay up, 1 row": _linear(C, 96, "fp32", 1, 200, 4, None, "sigmoid"),
     "decay down, 2048 rows": _linear(96, C, "fp32", 2048, 255, 4, None, "none"),
     "linear, spans added": Variant(
         linear.add_spans_kernel,
@@ -216,8 +216,8 @@ VARIANTS: Mapping[str, Variant] = {
         )
         for name, kernel, constants, registers, wide, warps in [
             ("survey", sampling.survey_kernel, _BLOCK, 40, 2, sampling.NUM_WARPS),
-            ("weigh", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 0}, 96, 2, sampling.NUM_WARPS),
-            ("weigh again", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 2}, 112, 2, sampling.NUM_WARPS),
+            ("weigh", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 0}, 112, 2, sampling.NUM_WARPS),
+            ("weigh again", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 2}, 128, 2, sampling.NUM_WARPS),
             ("collect", sampling.collect_kernel, {**_BLOCKS, **_LIST}, 96, 2, sampling.NUM_WARPS),
             (
                 "cut",

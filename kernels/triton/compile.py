@@ -39,6 +39,7 @@ class Resources:
     shared_bytes: int
     wide_accesses: int  # instructions that move 16 bytes a thread between global memory and the processor
     tensor_cores: list[str]  # shapes of their instructions
+    begun_products: int  # products that begin from something else than zero or the product before
 
     def over(self, budget: Budget) -> list[str]:
         """Say what is over the budget."""
@@ -53,6 +54,8 @@ class Resources:
             problems.append(f"{self.wide_accesses} wide accesses, not {budget.wide_accesses}")
         if budget.tensor_cores is not None and budget.tensor_cores not in self.tensor_cores:
             problems.append(f"no {budget.tensor_cores} among {self.tensor_cores}")
+        if budget.tensor_cores is not None and self.begun_products > 0:
+            problems.append(f"{self.begun_products} products begin from a bias: see kernels.triton.linear.add_bias")
         return problems
 
 
@@ -79,7 +82,22 @@ def measure(variant: Variant) -> Resources:
         shared_bytes=compiled.metadata.shared,
         wide_accesses=len(re.findall(_WIDE, ptx)),
         tensor_cores=sorted({a or b for a, b in re.findall(_TENSOR_CORES, ptx)}),
+        begun_products=_begun_products(compiled.asm["ttgir"]),
     )
+
+
+def _begun_products(ttgir: str) -> int:
+    """Count products whose sum does not begin from a constant, a product or a loop's own sum."""
+    definitions: dict[str, str] = {}  # a name may come again in another region: the last one counts
+    count = 0
+    for line in ttgir.splitlines():
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line):
+            name, definition = found.groups()
+            if product := re.match(r"(?:ttng\.warp_group_dot|tt\.dot) %\w+, %\w+, (%\w+)", definition):
+                begin = definitions.get(product[1], "scf.for")
+                count += not re.match(r"arith\.constant|ttng\.warp_group_dot|tt\.dot|scf\.for", begin)
+            definitions[name] = definition
+    return count
 
 
 def _assemble(ptx: str, options: Mapping[str, object]) -> str:

@@ -23,11 +23,12 @@ from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_in
 
 HEAD_SIZES = (16, 32, 64, 128)
 CHUNK_LEN = 32  # the cumulative decay of a chunk is above 0.545 ** 32 = 4e-9, and its inverse harmless in float32
-STEP_WARPS, SOLVE_WARPS, SCAN_WARPS, FINISH_WARPS = 2, 4, 4, 4
+STEP_WARPS, SCAN_WARPS, FINISH_WARPS = 2, 4, 4
 SCAN_ROWS = 16  # of a state, which its rows do not share: several programs advance one
 SCAN_STAGES = 3
-# How products of a chunk are made, and warps of `prepare_kernel`. Three tf32 ones are float32 but for its last two
-# bits. Beside inputs of 16 bits one does: it moves results of a bfloat16 model no further than steps instead of chunks.
+# How products of a chunk are made, and by how many warps of `solve_kernel` and `prepare_kernel`. Three tf32 ones are
+# float32 but for its last two bits. Beside inputs of 16 bits one does: it moves results of a bfloat16 model no further
+# than steps instead of chunks.
 OF_FLOAT32 = ("tf32x3", 8)
 OF_16_BITS = ("tf32", 4)
 FP_FUSION = False  # lone tokens: which products and sums become one instruction is the same beside prompts and alone
@@ -383,16 +384,16 @@ def wkv7(
     by_state, by_values, reads, found = (
         r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(4)
     )
-    precision, prepare_warps = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
+    precision, num_warps = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
     sizes = {"ROWS": max(16, triton.next_power_of_2(B)), "N": N, "L": CHUNK_LEN}
     products = {**sizes, "PRECISION": precision}
     solve_kernel[(num_chunks, H)](
         k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, B, C,
-        HAS_VALUE_MIX=has_value_mix, **products, num_warps=SOLVE_WARPS, **launch,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=num_warps, **launch,
     )  # fmt: skip
     prepare_kernel[(num_chunks, H, 2)](
         r, k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, carry, added, reads, found, B, C,
-        HAS_VALUE_MIX=has_value_mix, **products, num_warps=prepare_warps, **launch,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=num_warps, **launch,
     )  # fmt: skip
     block = min(SCAN_ROWS, N)
     scan_kernel[(B, H, N // block)](
