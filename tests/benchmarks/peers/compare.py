@@ -35,7 +35,7 @@ DECODE_STEPS = {1: 16, 4: 8, 16: 4, 64: 2}  # by batch size: a second or so each
 PREFILL = "prefill_512"
 CHECKED_TOKENS = 24
 CHECKED_BATCH = 4
-SETTLE_SECONDS = 0.05
+SETTLE_SECONDS = 0.5
 # The library alone: what is built beside it takes most of the time.
 LLAMA_CPP_OPTIONS = (
     "-DGGML_NATIVE=ON", "-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF",
