@@ -1,4 +1,4 @@
-"""An RWKV-7 model in eight launches a layer, each beginning while the one before it still runs.
+"""An RWKV-7 model in eight launches a layer for a step, each beginning while the one before it still runs.
 
     add_and_shift_mix    the sums of the layer before, layer norm, token shift, six mixes
     project              receptance, key, value, and the four low-rank products' first halves
@@ -9,7 +9,8 @@
     linear               key, squared ReLU
     linear_sums          value, as sums
 
-Prompts take a launch more for each shift, and two for the recurrence.
+Prompts take a launch more for each shift and four for the recurrence, one after the other: they fill the card, and what
+begins early is only in the way (5 % slower on an H200).
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from kernels.triton.projections import Projections
 if TYPE_CHECKING:
     from kernels.rwkv7 import Layer, Norm, Weights
 
-_STEP: dict[str, Any] = {
-    "launch_pdl": True
-}  # prompts fill the card: what begins early is only in the way (measured: 5 % slower)
+_STEP: dict[str, Any] = {"launch_pdl": True}
 _PROMPT: dict[str, Any] = {}
 
 

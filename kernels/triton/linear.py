@@ -253,6 +253,11 @@ def unpack(weight: torch.Tensor, out_features: int) -> torch.Tensor:
     return weight.transpose(1, 2).reshape(len(weight) * PANEL, -1)[:out_features]
 
 
+def plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Return the matrix `[O, K]`, packed or not."""
+    return unpack(weight, out_features) if is_packed(weight) else weight
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,

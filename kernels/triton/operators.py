@@ -37,27 +37,11 @@ def low_rank(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `kernels.LowRank`."""
-    if not (products.is_packed(down) and products.is_packed(up)):
-        return _low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
+    if not (products.is_packed(down) and products.is_packed(up)):  # the other one may be packed all the same
+        down, up = products.plain(down, rank), products.plain(up, out_features)
+        return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
     hidden = products.linear(x, down, rank, activation=activation, dtype=up.dtype)
     return products.linear(hidden, up, out_features, bias, output_activation, dtype)
-
-
-def _low_rank(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    rank: int,
-    bias: torch.Tensor | None,
-    activation: str,
-    output_activation: str,
-    out_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """PyTorch's, for ranks that are no multiple of 16; the first of the matrices may be packed all the same."""
-    if products.is_packed(down):
-        down = products.unpack(down, rank)
-    return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
 
 
 def shift_mix(

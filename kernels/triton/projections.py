@@ -18,10 +18,11 @@ from kernels import Linear, LowRank
 from kernels.triton.linear import (
     PANEL,
     TRITON_DTYPES,
+    activate,
     add_bias,
     as_operand,
-    is_packed,
     pack,
+    plain,
     plan,
     tile,
     unpack,
@@ -31,7 +32,7 @@ from kernels.triton.linear import (
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 PART = 2 * PANEL  # a part of the first matrix begins at a multiple of it
-FEW_ROWS = 32
+FEW_ROWS = 32  # of the second launch: up to so many, a program takes all inputs at once
 
 _PANEL = tl.constexpr(PANEL)
 
@@ -69,9 +70,9 @@ def project_kernel(
         tl.store(rkv + (part * T + t)[None, :] * C + channel[:, None], total.to(rkv.dtype.element_ty), mask=is_inside)
     else:
         if is_decay:
-            total = 2.0 / (1.0 + tl.exp(-2.0 * total)) - 1.0
+            total = activate(total, "tanh")
         if is_gate:
-            total = 1.0 / (1.0 + tl.exp(-total))
+            total = activate(total, "sigmoid")
         to = hidden + t[None, :] * (OUTPUTS - 3 * WIDE) + (narrow + tl.arange(0, BLOCK_O))[:, None]
         tl.store(to, total, mask=(t < T)[None, :])
 
@@ -126,7 +127,7 @@ def raise_kernel(
     elif which == 1:
         total = raised(weights + DECAY, rows + DECAY, RATE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
         total = add_bias(total, tl.load(rate_bias + o, mask=is_output, other=0.0), is_output)
-        total = 1.0 / (1.0 + tl.exp(-total))
+        total = activate(total, "sigmoid")
         tl.store(others + at, total.to(others.dtype.element_ty), mask=is_inside)
     elif which == 2:
         BEFORE_GATE: tl.constexpr = DECAY + RATE
@@ -137,7 +138,7 @@ def raise_kernel(
         BEFORE_VALUE: tl.constexpr = DECAY + RATE + GATE
         total = raised(weights + BEFORE_VALUE, rows + BEFORE_VALUE, VALUE, DTYPE, False, BLOCK_O, BLOCK_T, BLOCK_K)
         total = add_bias(total, tl.load(mix_bias + o, mask=is_output, other=0.0), is_output)
-        total = 1.0 / (1.0 + tl.exp(-total))
+        total = activate(total, "sigmoid")
         plane = others + tl.cast(T, tl.int64) * 2 * C
         tl.store(plane + at, total.to(others.dtype.element_ty), mask=is_inside)
 
@@ -166,13 +167,13 @@ class Projections:
         self._ranks = [_padded(low_rank.rank) for low_rank in low_ranks] + [0] * (4 - len(low_ranks))
         sizes = [self._wide] * 3 + self._ranks[: len(low_ranks)]
         matrices = [unpack(linear.packed, self._width) for linear in wide]
-        matrices += [_plain(low_rank.down, low_rank.rank) for low_rank in low_ranks]
+        matrices += [plain(low_rank.down, low_rank.rank) for low_rank in low_ranks]
         joint = matrices[0].new_zeros(sum(sizes), self._width, dtype=dtype)
         self._up = matrices[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
         for place, matrix in zip(torch.split(joint, sizes), matrices, strict=True):
             place[: len(matrix)] = matrix
         for place, low_rank in zip(torch.split(self._up, self._ranks, dim=1), low_ranks, strict=False):
-            place[:, : low_rank.rank] = _plain(low_rank.up, self._width)
+            place[:, : low_rank.rank] = plain(low_rank.up, self._width)
         self._outputs = len(joint)
         self._joint = pack(joint)
         for linear, panels in zip(wide, torch.split(self._joint, [size // PANEL for size in sizes]), strict=False):
@@ -214,8 +215,3 @@ def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
 
 def _padded(size: int) -> int:
     return (size + PART - 1) // PART * PART
-
-
-def _plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Return a matrix `[O, K]`, packed or not."""
-    return unpack(weight, out_features) if is_packed(weight) else weight

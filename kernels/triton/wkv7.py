@@ -1,11 +1,11 @@
 """Time mixing between its projections: decay, removal, state, group norm, bonus and gate.
 
 A sequence of one token takes one launch, in which a program owns one head, with its whole state `S[N(value), N(key)]`
-in registers. Longer ones take four: everything about a chunk that does not need the state before it, for all chunks at
-once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk
-after chunk (`scan_kernel`); and what follows the read-out (`finish_kernel`).
-Chunks are counted from a sequence's first token in the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same
-bits however often it is cut. A lone token is the same in a batch of lone tokens and beside prompts.
+in registers. Longer ones take four more: everything about a chunk that does not need the state before it, for all
+chunks at once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk after chunk
+(`scan_kernel`); and what follows the read-out (`finish_kernel`). Chunks are counted from a sequence's first token in
+the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same bits however often it is cut. A lone token is the
+same in a batch of lone tokens and beside prompts.
 
 Yang, Wang, Shen, Panda, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2024, for
 the chunked form; `kernels.chunked` has the letters used here, and the same with gradients.
@@ -148,6 +148,14 @@ def _tokens_of_chunk(starts, chunk, num_rows, ROWS: tl.constexpr, L: tl.constexp
 
 
 @triton.jit
+def _places(begin, end, head, C, N: tl.constexpr, L: tl.constexpr):
+    """A head's channels, where a chunk has them `[L, N]`, and which of its L tokens there are `[L, 1]`."""
+    channels = head * N + tl.arange(0, N)
+    tokens = begin + tl.arange(0, L)
+    return channels, tokens[:, None] * C + channels[None, :], (tokens < end)[:, None]
+
+
+@triton.jit
 def _joined(inverse, strict, SIZE: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):
     """From inverses of blocks of SIZE rows on the diagonal to those of blocks twice as large."""
     rows, columns = tl.arange(0, L)[:, None], tl.arange(0, L)[None, :]
@@ -197,10 +205,7 @@ def solve_kernel(
     wait_for_inputs()
     if begin < end:
         columns = tl.arange(0, N)
-        channels = head * N + columns
-        tokens = begin + tl.arange(0, L)
-        is_inside = (tokens < end)[:, None]
-        offsets = tokens[:, None] * C + channels[None, :]
+        channels, offsets, is_inside = _places(begin, end, head, C, N, L)
         kk, removal, key = _keys(k, a, offsets, is_inside, k_k, k_a, channels[None, :], 1)
         log_w, c = _log_decays(decay, offsets, is_inside)
         a_in = kk * tl.exp(c - log_w)
@@ -231,10 +236,7 @@ def prepare_kernel(
     wait_for_inputs()
     if begin < end:
         columns = tl.arange(0, N)
-        channels = head * N + columns
-        tokens = begin + tl.arange(0, L)
-        is_inside = (tokens < end)[:, None]
-        offsets = tokens[:, None] * C + channels[None, :]
+        channels, offsets, is_inside = _places(begin, end, head, C, N, L)
         part = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N + columns[None, :]
         from_state, from_values = tl.load(by_state + part), tl.load(by_values + part)
         value = _value(v, v_first, value_mix, offsets, is_inside, HAS_VALUE_MIX)
@@ -320,10 +322,7 @@ def finish_kernel(
     wait_for_inputs()
     if begin < end:
         columns = tl.arange(0, N)
-        channels = head * N + columns
-        tokens = begin + tl.arange(0, L)
-        is_inside = (tokens < end)[:, None]
-        offsets = tokens[:, None] * C + channels[None, :]
+        channels, offsets, is_inside = _places(begin, end, head, C, N, L)
         if slot >= 0:
             at = ((chunk * tl.num_programs(1) + head).to(tl.int64) * L + tl.arange(0, L))[:, None] * N
             y = tl.load(found + at + columns[None, :])
