@@ -7,6 +7,7 @@ kernels.cpu.build` does the same ahead of time, for images.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -30,6 +31,7 @@ FLAGS = (
     "-fno-math-errno",
     "-pthread",
 )
+WITHOUT_TILES = "-DSOSTENUTO_WITHOUT_TILES"
 COMPILE_SECONDS = 300
 
 
@@ -48,7 +50,7 @@ def build(cache: Path | None = None, target: str = "native") -> Path:
     `target` is the compiler's `-march`; another than `native` is for tests. Raises `CompileError`.
     """
     cache = default_cache() if cache is None else cache
-    flags = (*FLAGS, f"-mcpu={target}" if _is_arm() else f"-march={target}")
+    flags = (*FLAGS, *_target_flags(target))
     library = cache / f"kernels-{_key(flags)}.so"
     if not library.exists():
         compiler = find_compiler()
@@ -63,6 +65,30 @@ def find_compiler() -> str:
         if path := shutil.which(name):
             return path
     raise CompileError(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
+
+
+def _target_flags(target: str) -> tuple[str, ...]:
+    if _is_arm():
+        return (f"-mcpu={target}",)
+    tiles = () if _has_tiles() and _may_use_tiles() else (WITHOUT_TILES,)
+    return (f"-march={target}", *tiles)
+
+
+def _has_tiles() -> bool:
+    """Say whether the processor has tile registers (Intel AMX)."""
+    return "amx_tile" in _processor().split()
+
+
+def _may_use_tiles() -> bool:
+    """Ask the kernel for this process's tile registers; whoever uses them unasked is ended.
+
+    What is allowed once stays allowed, for threads to come as well (Linux: Documentation/arch/x86/xstate.rst).
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def _is_arm() -> bool:

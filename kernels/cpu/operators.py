@@ -14,6 +14,7 @@ import torch
 from kernels import eager
 from kernels.cpu import library
 from kernels.cpu.library import ACTIVATIONS, FORMATS, WEIGHT_FORMATS, Matrix, Rows, Team
+from kernels.cpu.memory import Slabs
 
 
 class Operators:
@@ -22,6 +23,7 @@ class Operators:
     def __init__(self, team: Team) -> None:
         self.team = team
         self.enabled = True
+        self._slabs = Slabs()
 
     def pack_linear(self, weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
         """See `kernels.Linear`."""
@@ -30,7 +32,7 @@ class Operators:
         rows, dtype = _readable(weight), torch.int8 if int8 else weight.dtype
         matrix = Matrix(None, *weight.shape, WEIGHT_FORMATS[dtype])
         num_bytes = self.team.library.sostenuto_packed_bytes(*weight.shape, matrix.format)
-        packed = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
+        packed = self._slabs.take(num_bytes).view(dtype)
         matrix.data = packed.data_ptr()
         self.team.library.sostenuto_pack(self.team.handle, byref(library.rows(rows)), byref(matrix))
         return packed

@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.client import AsyncEngine
+from tests.benchmarks import DEFAULT_THREADS
 from tests.benchmarks.engine_bench import ZERO, EngineBench, Settings
-from tests.benchmarks.peers.compare import PeerProcess, default_threads
+from tests.benchmarks.peers.compare import PeerProcess
 from tests.benchmarks.sse_bench import Clients
 from tests.conftest import ROOT
 from tests.server_process import ServerProcess
@@ -28,7 +29,7 @@ class RatioBench:
     def __init__(self, model: Path, directory: Path, num_threads: int, settings: Settings) -> None:
         self._bench = EngineBench(model, directory, num_threads, settings)
         self._settings = settings
-        self._threads = str(num_threads or default_threads())
+        self._threads = str(num_threads or DEFAULT_THREADS)
 
     async def run(self) -> dict[str, object]:
         """Return `engine_over_kernels` and `served_over_engine`, medians of the rounds' ratios."""

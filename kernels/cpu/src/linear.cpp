@@ -5,18 +5,19 @@
 #include <cstring>
 #include <type_traits>
 
+#include "tiles.h"
+
 namespace sostenuto {
 
 namespace {
 
 constexpr int kPanel = 64;               // outputs of a panel
-constexpr int64_t kLine = 64;            // bytes of a cache line
 #if defined(SOSTENUTO_AVX512)
 constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all rows before the next: stays in L2
 #else
 constexpr int64_t kBlockBytes = 32 << 10;  // and a tile's part of it in L1, with its rows
 #endif
-constexpr int64_t kRowsPerTask = 48;     // their sums, 12 KB, stay in L1
+constexpr int64_t kRowsPerTask = kHasTiles ? 64 : 48;  // their sums, 12 or 16 KB, stay in L1
 
 // How a format multiplies: a `Word` of weights belongs to one output, a `Step` of activations meets it. `step` adds the
 // products of one step, R rows times V vectors of outputs, to sums in registers; `width` is the panel's.
@@ -114,15 +115,18 @@ struct Int8 {
     struct Step {
         Word words[planes];  // the upper and the lower bytes of four activations, unsigned
     };
-    static Step quantised(ivec q, int64_t i) {
-        uint8_t bytes[planes][4];
-        for (int j = 0; j < 4; ++j) {
-            bytes[0][j] = static_cast<uint8_t>((q[i + j] + 32896) >> 8);
-            bytes[1][j] = static_cast<uint8_t>(q[i + j] + 32896);
+    // Four activations a step; or, for tiles, the upper bytes of a row and then, in a row of their own, the lower ones.
+    static void put(ivec q, uint8_t* row, int64_t stride, int64_t c) {
+        const __m128i upper = _mm512_cvtepi32_epi8((__m512i)((q + 32896) >> 8));
+        const __m128i lower = _mm512_cvtepi32_epi8((__m512i)(q + 32896));
+        const auto put_16 = [&](int64_t at, __m128i bytes) { _mm_storeu_si128(reinterpret_cast<__m128i*>(row + at), bytes); };
+        if (kHasTiles) {
+            put_16(c, upper);
+            put_16(c + stride / 2, lower);
+        } else {
+            put_16(2 * c, _mm_unpacklo_epi32(upper, lower));
+            put_16(2 * c + 16, _mm_unpackhi_epi32(upper, lower));
         }
-        Step step;
-        memcpy(&step, bytes, sizeof step);
-        return step;
     }
     static ivec dot(ivec sum, const Word* weights, Word x) {
         return (ivec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), _mm512_loadu_si512(weights));
@@ -136,8 +140,10 @@ struct Int8 {
     struct Step {
         int32_t factors[2];  // four activations of 16 bits: the first and the third, the second and the fourth
     };
-    static Step quantised(ivec q, int64_t i) {
-        return {{(q[i] & 0xffff) | q[i + 2] << 16, (q[i + 1] & 0xffff) | q[i + 3] << 16}};
+    static void put(ivec q, uint8_t* row, int64_t, int64_t c) {
+        Step* to = reinterpret_cast<Step*>(row) + c / 4;
+        for (int64_t i = 0; i < W; i += 4)
+            *to++ = {{(q[i] & 0xffff) | q[i + 2] << 16, (q[i + 1] & 0xffff) | q[i + 3] << 16}};
     }
     static ivec factor(ivec four, int half) {
         const pairs upper = half == 0 ? (pairs)four << 8 : (pairs)four;
@@ -178,7 +184,7 @@ struct Sums {
     static constexpr int64_t longest_block = INT64_MAX;  // in steps
 
     Item<F>* data;
-    Item<F>* at(int plane, int64_t row) const { return data + (plane * kRowsPerTask + row) * kPanel; }
+    Item<F>* at(int plane, int64_t row) const { return data + (row * planes + plane) * kPanel; }
     typename F::Sum begin(int plane, int64_t row, int64_t o) const { return load(at(plane, row) + o); }
     void end(int plane, int64_t row, int64_t o, typename F::Sum s) const { store(at(plane, row) + o, s); }
 };
@@ -191,7 +197,7 @@ struct Sums<Int8> {
     static constexpr int64_t longest_block = 128;  // 4 products each, of at most 127 times 32639
 
     int32_t* data;
-    int32_t* at(int plane, int64_t row) const { return data + (plane * kRowsPerTask + row) * kPanel; }
+    int32_t* at(int plane, int64_t row) const { return data + (row * planes + plane) * kPanel; }
     ivec begin(int, int64_t, int64_t) const { return ivec{}; }
     void end(int, int64_t row, int64_t o, ivec s) const {
         store(at(0, row) + o, load(at(0, row) + o) + (s >> 8));
@@ -241,14 +247,14 @@ Tile<F> choose_tile(int64_t rows, int64_t vectors) {
 
 // Where int8 weights keep the scale and the sum of each output's weights, and quantised rows theirs.
 const float* output_scales(const Matrix& m) {
-    return reinterpret_cast<const float*>(static_cast<const int8_t*>(m.data) + round_up(m.out, W) * round_up(m.in, 4));
+    return reinterpret_cast<const float*>(static_cast<const int8_t*>(m.data) + round_up(m.out, W) * round_up(m.in, grain(SOSTENUTO_INT8)));
 }
 const int32_t* output_sums(const Matrix& m) {
     return reinterpret_cast<const int32_t*>(output_scales(m) + round_up(m.out, W));
 }
 float* row_scale(const Rows& quantised, int64_t row, int64_t in) {
-    return reinterpret_cast<float*>(static_cast<uint8_t*>(quantised.data) + row * quantised.stride +
-                                    2 * round_up(in, 4));
+    const int64_t values = (kHasTiles ? 1 : 2) * quantised_width(in);
+    return reinterpret_cast<float*>(static_cast<uint8_t*>(quantised.data) + row * quantised.stride + values);
 }
 
 // The product's result for a vector of outputs.
@@ -296,75 +302,138 @@ inline int64_t prefetch_begin(int64_t steps, int64_t step_bytes, int64_t turn, i
 #endif
 }
 
-// One panel times some rows. A few rows share each load of weights; all groups of rows work through a block of weights
-// before the next block, which meanwhile is prefetched: it is next in memory.
+int64_t num_steps(const Matrix& m) { return round_up(m.in, grain(m.format)) / depth(m.format); }
+
+// A panel of a matrix.
+struct Panel {
+    const char* weights;
+    int64_t first, outputs, width;  // outputs; and how many there are, filled up to whole vectors
+    int64_t steps;
+
+    Panel(const Matrix& m, int64_t index)
+        : first(index * kPanel),
+          outputs(std::min<int64_t>(kPanel, m.out - first)),
+          width(round_up(outputs, W)),
+          steps(num_steps(m)) {
+        weights = static_cast<const char*>(m.data) + first * steps * 4;
+    }
+    int64_t step_bytes() const { return width * 4; }
+    const char* end() const { return weights + steps * step_bytes(); }
+};
+
+// Some rows of a product's activations.
+struct Activations {
+    const char* data;
+    int64_t stride;  // bytes
+    int64_t count;
+
+    Activations(const Rows& rows, int64_t first, int64_t count)
+        : stride(rows.stride * item_bytes(rows.format)), count(count) {
+        data = static_cast<const char*>(rows.data) + first * stride;
+    }
+    const char* row(int64_t i) const { return data + i * stride; }
+};
+
+// A few rows share each load of weights; all groups of rows work through a block of weights before the next block,
+// which meanwhile is prefetched: it is next in memory.
 template <typename F>
-void multiply_panel(Member& me, const Product& product, int64_t panel, int64_t first_row, int64_t num_rows) {
+void add_panel(const Activations& x, const Panel& panel, const Sums<F>& sums) {
     using Step = typename F::Step;
     using Word = typename F::Word;
-    const Matrix& m = product.weight;
-    const Rows& rows = m.format == SOSTENUTO_INT8 ? product.quantised : product.x;
-    const int64_t steps = round_up(m.in, F::depth) / F::depth;
-    const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel);
-    const int64_t width = round_up(outputs, W);
-    const Word* weights = static_cast<const Word*>(m.data) + panel * kPanel * steps;
-    const int64_t x_stride = rows.stride * item_bytes(rows.format) / static_cast<int64_t>(sizeof(Step));
-    const Step* x = static_cast<const Step*>(rows.data) + first_row * x_stride;
-
-    const Sums<F> sums{static_cast<Item<F>*>(me.scratch(Sums<F>::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
-    for (int p = 0; p < Sums<F>::planes; ++p) memset(sums.at(p, 0), 0, num_rows * kPanel * sizeof(Item<F>));
-    const int64_t groups = (num_rows + kTileRows<F> - 1) / kTileRows<F>;
-    const int64_t step_bytes = width * static_cast<int64_t>(sizeof(Word));
-    const int64_t block = std::min(Sums<F>::longest_block, kBlockBytes / step_bytes);
-    for (int64_t k = 0; k < steps; k += block) {
-        const int64_t length = std::min(block, steps - k);
+    const Word* weights = reinterpret_cast<const Word*>(panel.weights);
+    const int64_t width = panel.width, x_stride = x.stride / static_cast<int64_t>(sizeof(Step));
+    memset(sums.data, 0, x.count * Sums<F>::planes * kPanel * sizeof(Item<F>));
+    const int64_t groups = (x.count + kTileRows<F> - 1) / kTileRows<F>;
+    const int64_t block = std::min(Sums<F>::longest_block, kBlockBytes / panel.step_bytes());
+    for (int64_t k = 0; k < panel.steps; k += block) {
+        const int64_t length = std::min(block, panel.steps - k);
         const char* next = reinterpret_cast<const char*>(weights + (k + length) * width);
         for (int64_t g = 0; g < groups; ++g) {
-            const int64_t begin = num_rows * g / groups, count = num_rows * (g + 1) / groups - begin;
+            const int64_t begin = x.count * g / groups, count = x.count * (g + 1) / groups - begin;
             const int64_t tile_width = tile_vectors(count) * W, tiles = (width + tile_width - 1) / tile_width;
+            const Step* rows = reinterpret_cast<const Step*>(x.row(begin)) + k;
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t o = i * tile_width, turn = g * tiles + i, turns = groups * tiles;
-                const auto begin_of = [&](int64_t turn) { return prefetch_begin(length, step_bytes, turn, turns); };
-                choose_tile<F>(count, (width - o) / W)(x + begin * x_stride + k, x_stride, weights + k * width + o,
-                                                       width, length, sums, begin, o, next + begin_of(turn),
+                const auto begin_of = [&](int64_t turn) {
+                    return prefetch_begin(length, panel.step_bytes(), turn, turns);
+                };
+                choose_tile<F>(count, (width - o) / W)(rows, x_stride, weights + k * width + o, width, length, sums,
+                                                       begin, o, next + begin_of(turn),
                                                        begin_of(turn + 1) - begin_of(turn));
             }
         }
     }
-    finish<F>(sums, first_row, num_rows, panel * kPanel, outputs, product);
+}
+
+#if defined(SOSTENUTO_AMX)
+// On tile registers, where the upper and the lower bytes of a row are two rows. The next panel is prefetched meanwhile.
+template <typename F>
+void add_panel_in_tiles(const Activations& x, const Panel& panel, const Sums<F>& sums) {
+    const TilePanel tiles{panel.weights, panel.width / W, panel.steps / kTileSteps};
+    const int64_t num_rows = x.count * F::planes, stride = x.stride / F::planes, sums_stride = kPanel * sizeof(Item<F>);
+    const int64_t groups = (num_rows + kMostTileRows - 1) / kMostTileRows;
+    const int64_t part = panel.steps * panel.step_bytes() / groups;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = num_rows * g / groups, count = num_rows * (g + 1) / groups - begin;
+        const TileRows rows{x.data + begin * stride, stride, count, reinterpret_cast<char*>(sums.data) + begin * sums_stride, sums_stride};
+        multiply_tiles<F::planes == 2>(rows, tiles, {panel.end() + g * part, part});
+    }
+}
+#endif
+
+// One panel times some rows.
+template <typename F>
+void multiply_panel(Member& me, const Product& product, int64_t index, int64_t first_row, int64_t num_rows) {
+    const Panel panel(product.weight, index);
+    const Activations x(std::is_same_v<F, Int8> ? product.quantised : product.x, first_row, num_rows);
+    const Sums<F> sums{static_cast<Item<F>*>(me.scratch(Sums<F>::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
+#if defined(SOSTENUTO_AMX)
+    if constexpr (F::depth > 1) {
+        add_panel_in_tiles<F>(x, panel, sums);
+    } else
+#endif
+        add_panel<F>(x, panel, sums);
+    finish<F>(sums, first_row, num_rows, panel.first, panel.outputs, product);
 }
 
 int64_t panels(const Matrix& m) { return (m.out + kPanel - 1) / kPanel; }
 
+// Where the word of a step and an output lies in its panel: steps follow each other, or tiles of 16 steps of 16 outputs.
+int64_t word_at(const Panel& panel, int32_t format, int64_t step, int64_t output) {
+    if (grain(format) == depth(format)) return step * panel.width + output;
+    const int64_t tile = step / kTileSteps * (panel.width / W) + output / W;
+    return (tile * kTileSteps + step % kTileSteps) * W + output % W;
+}
+
 template <typename Value>
-void pack_panel(const Rows& weight, const Matrix& m, int64_t panel) {
-    const int64_t d = depth(m.format), steps = round_up(m.in, d) / d;
-    const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel), width = round_up(outputs, W);
-    const Value* from = static_cast<const Value*>(weight.data) + panel * kPanel * weight.stride;
-    Value* to = static_cast<Value*>(m.data) + panel * kPanel * steps * d;
-    for (int64_t k = 0; k < steps; ++k)
-        for (int64_t o = 0; o < width; ++o)
+void pack_panel(const Rows& weight, const Matrix& m, int64_t index) {
+    const Panel panel(m, index);
+    const int64_t d = depth(m.format);
+    const Value* from = static_cast<const Value*>(weight.data) + panel.first * weight.stride;
+    Value* to = static_cast<Value*>(m.data) + panel.first * panel.steps * d;
+    for (int64_t k = 0; k < panel.steps; ++k)
+        for (int64_t o = 0; o < panel.width; ++o)
             for (int64_t i = 0; i < d; ++i) {
-                const bool inside = o < outputs && k * d + i < m.in;
-                *to++ = inside ? from[o * weight.stride + k * d + i] : Value{};
+                const bool inside = o < panel.outputs && k * d + i < m.in;
+                to[word_at(panel, m.format, k, o) * d + i] = inside ? from[o * weight.stride + k * d + i] : Value{};
             }
 }
 
 // Weights of one output become integers in [-127, 127] times a scale.
-void pack_int8_panel(const Rows& weight, const Matrix& m, int64_t panel) {
-    const int64_t steps = round_up(m.in, 4) / 4;
-    const int64_t outputs = std::min<int64_t>(kPanel, m.out - panel * kPanel), width = round_up(outputs, W);
-    int8_t* to = static_cast<int8_t*>(m.data) + panel * kPanel * steps * 4;
-    memset(to, 0, width * steps * 4);
-    for (int64_t o = 0; o < width; ++o) {
-        const int64_t output = panel * kPanel + o;
+void pack_int8_panel(const Rows& weight, const Matrix& m, int64_t index) {
+    const Panel panel(m, index);
+    const int64_t outputs = panel.outputs;
+    int8_t* to = static_cast<int8_t*>(m.data) + panel.first * panel.steps * 4;
+    memset(to, 0, panel.width * panel.steps * 4);
+    for (int64_t o = 0; o < panel.width; ++o) {
+        const int64_t output = panel.first + o;
         float most = 0;
         for (int64_t i = 0; i < m.in && o < outputs; ++i) most = std::max(most, std::abs(get_one(weight, output, i)));
         const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
         for (int64_t i = 0; i < m.in && o < outputs; ++i) {
             const int q = static_cast<int>(std::nearbyint(get_one(weight, output, i) * inverse));
-            to[(i / 4 * width + o) * 4 + i % 4] = static_cast<int8_t>(q);
+            to[word_at(panel, m.format, i / 4, o) * 4 + i % 4] = static_cast<int8_t>(q);
             sum += q;
         }
         const_cast<float*>(output_scales(m))[output] = scale;
@@ -385,11 +454,9 @@ void quantise(const Rows& x, int64_t row, int64_t width, const Rows& to) {
     float greatest = 0;
     for (int i = 0; i < W; ++i) greatest = std::max(greatest, most[i]);
     const float scale = greatest / 32639 + sum(doubt), inverse = greatest > 0 ? 32639 / greatest : 0;
-    Int8::Step* steps = reinterpret_cast<Int8::Step*>(static_cast<uint8_t*>(to.data) + row * to.stride);
-    for (int64_t c = 0; c < width; c += W) {
-        const ivec q = to_nearest(get(x, row, c, width - c) * inverse);
-        for (int64_t i = 0; i < W && c + i < width; i += 4) steps[(c + i) / 4] = Int8::quantised(q, i);
-    }
+    uint8_t* values = static_cast<uint8_t*>(to.data) + row * to.stride;
+    for (int64_t c = 0; c < width; c += W)
+        Int8::put(to_nearest(get(x, row, c, width - c) * inverse), values, to.stride, c);
     *row_scale(to, row, width) = scale;
 }
 
@@ -408,7 +475,7 @@ vec activate(vec x, int32_t activation) {
 }
 
 int64_t packed_bytes(int64_t out, int64_t in, int32_t format) {
-    const int64_t padded = round_up(out, W), weights = padded * round_up(in, depth(format)) * item_bytes(format);
+    const int64_t padded = round_up(out, W), weights = padded * round_up(in, grain(format)) * item_bytes(format);
     return format == SOSTENUTO_INT8 ? weights + padded * (sizeof(float) + sizeof(int32_t)) : weights;
 }
 
@@ -445,6 +512,7 @@ void multiply(Member& me, const Product* products, int num_products, int64_t num
             default: return multiply_panel<Float32>(me, *product, panel, begin, rows);
         }
     });
+    release_tiles();
 }
 
 }  // namespace sostenuto

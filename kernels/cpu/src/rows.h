@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 #include "sostenuto.h"
 
@@ -20,8 +22,15 @@ inline int64_t item_bytes(int32_t format) {
     }
 }
 
-// The weights of one step of a product; rows that are multiplied are padded to it with zeros.
+// The weights of one step of a product, for one output.
 inline int64_t depth(int32_t format) { return format == kRounded ? 2 : 4 / item_bytes(format); }
+
+// How many inputs a product runs over at least: weights, and rows that are multiplied, are padded to it with zeros. Tile
+// registers take 64 bytes of a row.
+inline int64_t grain(int32_t format) {
+    const bool in_tiles = kHasTiles && (format == SOSTENUTO_BFLOAT16 || format == SOSTENUTO_INT8);
+    return in_tiles ? 16 * depth(format) : depth(format);
+}
 
 // The format of the rows that such weights are given: what their instructions read, or the exact one, to be quantised.
 inline int32_t readable_by(int32_t weights) {
@@ -58,18 +67,29 @@ inline void zero_padding(const Rows& rows, int64_t row, int64_t width) {
     for (int64_t c = width; c < rows.stride; ++c) put(rows, row, c, vec{}, 1);
 }
 
+// The values of a row in the form that int8 weights read, written vector by vector.
+inline int64_t quantised_width(int64_t width) { return round_up(width, std::max<int64_t>(W, grain(SOSTENUTO_INT8))); }
+
+constexpr int64_t kLine = 64;  // bytes that a cache keeps together
+
+// An odd number of lines, so that the same column of 16 rows lies in 16 different parts of a cache.
+inline int64_t to_odd_lines(int64_t bytes) { return round_up(bytes + kLine, 2 * kLine) - kLine; }
+
 // Cuts one allocation into pieces, 64-byte aligned. Made twice with the same takes: first to measure, then to cut.
 class Arena {
    public:
     explicit Arena(void* memory = nullptr) : next_(static_cast<char*>(memory)) {}
 
     Rows rows(int64_t num_rows, int64_t width, int32_t format) {
-        const int64_t stride = round_up(width, depth(format));
+        const bool in_tiles = grain(format) > depth(format);
+        const int64_t bytes = round_up(width, grain(format)) * item_bytes(format);
+        const int64_t stride = (in_tiles ? to_odd_lines(bytes) : bytes) / item_bytes(format);
         return {take(num_rows * stride * item_bytes(format)), stride, format};
     }
-    // Rows in the form that int8 weights read: two bytes a value, then the row's scale.
+    // Rows in the form that int8 weights read: two bytes a value, and the row's scale.
     Rows quantised(int64_t num_rows, int64_t width) {
-        const int64_t stride = round_up(2 * round_up(width, 4) + static_cast<int64_t>(sizeof(float)), 64);
+        const int64_t values = quantised_width(width), scale = static_cast<int64_t>(sizeof(float));
+        const int64_t stride = kHasTiles ? 2 * to_odd_lines(values + scale) : round_up(2 * values + scale, kLine);
         return {take(num_rows * stride), stride, SOSTENUTO_INT8};
     }
     int64_t used() const { return used_; }
@@ -77,7 +97,7 @@ class Arena {
    private:
     void* take(int64_t bytes) {
         void* piece = next_ == nullptr ? nullptr : next_ + used_;
-        used_ += round_up(bytes, 64);
+        used_ += round_up(bytes, kLine);
         return piece;
     }
 

@@ -39,6 +39,13 @@ constexpr bool kMultipliesBf16 = false;
 #if defined(SOSTENUTO_AVX512) && defined(__AVX512VNNI__)
 #define SOSTENUTO_INT8_PRODUCTS 1
 #endif
+#if defined(SOSTENUTO_BF16_PRODUCTS) && defined(SOSTENUTO_INT8_PRODUCTS) && defined(__AMX_BF16__) && \
+    defined(__AMX_INT8__) && !defined(SOSTENUTO_WITHOUT_TILES)
+#define SOSTENUTO_AMX 1
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));

@@ -44,7 +44,7 @@ bool in_range(const int64_t* indices, int64_t count, int64_t end) {
 
 // A matrix reads rows of its own format, whole steps long; anything else is converted first.
 bool fits(const Rows& rows, const Matrix& weight) {
-    return rows.format == readable_by(weight.format) && weight.in % depth(weight.format) == 0 &&
+    return rows.format == readable_by(weight.format) && weight.in % grain(weight.format) == 0 &&
            rows.stride % depth(weight.format) == 0;
 }
 
@@ -66,7 +66,9 @@ void sostenuto_team_poison(sostenuto_team* team) {
 }
 
 const char* sostenuto_target(void) {
-#if defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
+#if defined(SOSTENUTO_AMX)
+    return "AVX-512 with AMX";
+#elif defined(SOSTENUTO_AVX512) && defined(__AVX512BF16__)
     return "AVX-512 with BF16";
 #elif defined(SOSTENUTO_AVX512)
     return "AVX-512";
