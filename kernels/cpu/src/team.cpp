@@ -5,6 +5,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 namespace sostenuto {
 
 namespace {
@@ -13,7 +17,7 @@ using Clock = std::chrono::steady_clock;
 
 // How long a thread spins before it sleeps. Within a call: longer than most waits of a team that has its cores to
 // itself; one that waits longer has a neighbour on its core, and an idle core is what brings a displaced member back.
-constexpr auto kPatience = std::chrono::microseconds(60);
+constexpr auto kPatience = std::chrono::microseconds(2000);
 constexpr auto kPatienceBetweenCalls = std::chrono::microseconds(200);  // sampling, then the next step
 
 inline void pause() {
@@ -37,6 +41,31 @@ bool spin(Clock::duration patience, const Condition& done) {
     return false;
 }
 
+#if defined(__linux__)
+// The processors this thread may use, one for each member; none if there are more or fewer.
+std::vector<int> find_homes(int size) {
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != size) return {};
+    std::vector<int> homes;
+    for (int processor = 0; processor < CPU_SETSIZE; ++processor)
+        if (CPU_ISSET(processor, &allowed)) homes.push_back(processor);
+    return homes;
+}
+
+// Move this thread to a processor. Where it runs later stays open.
+void move_to(int processor) {
+    if (sched_getcpu() == processor) return;
+    cpu_set_t allowed, one;
+    CPU_ZERO(&one);
+    CPU_SET(processor, &one);
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0 && sched_setaffinity(0, sizeof one, &one) == 0)
+        sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+std::vector<int> find_homes(int) { return {}; }
+void move_to(int) {}
+#endif
+
 }  // namespace
 
 Team::Buffer::~Buffer() { std::free(data); }
@@ -51,7 +80,7 @@ void* Team::Buffer::reserve(size_t bytes) {
     return data;
 }
 
-Team::Team(int size) : size_(size), ranges_(new Range[size]), scratch_(size) {
+Team::Team(int size) : size_(size), homes_(find_homes(size)), ranges_(new Range[size]), scratch_(size) {
     for (int index = 1; index < size; ++index) workers_.emplace_back([this, index] { work(index); });
 }
 
@@ -63,6 +92,7 @@ Team::~Team() {
 
 void Team::run(const std::function<void(Member&)>& body) {
     body_ = &body;
+    go_home(0);
     call_.fetch_add(1);
     wake_sleepers();
     Member caller(*this, 0);
@@ -73,6 +103,7 @@ void Team::run(const std::function<void(Member&)>& body) {
 void Team::work(int index) {
     Member member(*this, index);
     for (uint64_t call = 1; wait_for_call(call); ++call) {
+        go_home(index);
         (*body_)(member);
         meet();
     }
@@ -82,6 +113,12 @@ void Team::work(int index) {
 bool Team::wait_for_call(uint64_t call) {
     wait(kPatienceBetweenCalls, [&] { return stopping_.load() || call_.load() >= call; });
     return call_.load() >= call;
+}
+
+// A team as large as the machine needs all of it. But the system wakes a member beside its waker if somebody, of however
+// low a priority, has its core, and leaves it there: each would get half a core, and all be slower than one thread alone.
+void Team::go_home(int index) const {
+    if (!homes_.empty()) move_to(homes_[index]);
 }
 
 // A barrier.

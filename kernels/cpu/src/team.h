@@ -77,6 +77,7 @@ class Team {
     };
 
     void work(int index);
+    void go_home(int index) const;
     bool wait_for_call(uint64_t call);
     void meet();
     template <typename Condition>
@@ -84,6 +85,7 @@ class Team {
     void wake_sleepers();
 
     const int size_;
+    const std::vector<int> homes_;  // a processor for each member, or nothing
     std::vector<std::thread> workers_;
     std::unique_ptr<Range[]> ranges_;
     std::vector<Buffer> scratch_;
