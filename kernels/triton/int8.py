@@ -30,6 +30,7 @@ UNPACK_PTX = tl.constexpr(
     + "".join(_UNPACK_BYTE.format(byte, byte + 4) for byte in range(4))
     + "}"
 )
+OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r")  # words are still read when the first byte is written
 
 
 def can_quantise(weight: torch.Tensor) -> bool:
@@ -62,7 +63,7 @@ def unpacked(words, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr):
         fourth = (words >> 24).to(tl.float32)
     else:
         first, second, third, fourth = tl.inline_asm_elementwise(
-            UNPACK_PTX, "=r,=r,=r,=r,r,r", [words], (tl.bfloat16,) * 4, is_pure=True, pack=2
+            UNPACK_PTX, OPERANDS, [words], (tl.bfloat16,) * 4, is_pure=True, pack=2
         )
     side_by_side = tl.join(tl.join(first, third), tl.join(second, fourth))
     return tl.reshape(tl.permute(side_by_side, (0, 2, 3, 1)), [BLOCK_O, BLOCK_K])

@@ -98,12 +98,14 @@ def test_spans_that_others_add_are_those_that_a_program_adds(
     torch.testing.assert_close(whole.double().cpu(), x.double() @ exact.T, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_rows_are_rounded_to_what_weights_are_multiplied_with(
-    random: torch.Generator, device: torch.device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("num_rows", [3, 70])
+def test_wide_rows_are_rounded_to_what_they_are_multiplied_in(
+    random: torch.Generator, device: torch.device, dtype: torch.dtype, num_rows: int
 ) -> None:
-    """Beside int8 that is bfloat16, whatever the rows were."""
-    weight = matrix(random, (64, 128), torch.int8)[0].to(device)
-    x = torch.randn(3, 128, generator=random).to(device)
+    """Beside int8 that is bfloat16. So many float32 rows have no room in a processor's shared memory as they are."""
+    weight = matrix(random, (64, 128), dtype)[0].to(device)
+    x = torch.randn(num_rows, 128, generator=random).to(device)
     result = linear.linear(x, weight, 64)
     assert torch.equal(result, linear.linear(x.to(torch.bfloat16), weight, 64, dtype=torch.float32))
 
