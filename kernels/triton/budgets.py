@@ -1,13 +1,14 @@
 """The kernels as a 1.5B model launches them, and what each may cost on sm_90. Nothing may spill.
 
 A budget is what was compiled, rounded up: more registers than that are a change somebody should have wanted.
-`wide_accesses` are those of states, rows or weights that must move 16 bytes a thread.
+`wide_accesses` are those of states, rows or weights that must move 16 bytes a thread. Beside int8 weights these are all
+copies of all stages, so that a loop that is no longer pipelined is over its budget, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton.language as tl
@@ -24,6 +25,7 @@ class Budget:
     registers: int
     wide_accesses: int
     tensor_cores: str | None = None  # the shape that must be among its instructions
+    narrow_copies: int | None = None  # None: whatever there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,14 @@ _FLOATS = dict.fromkeys(
     ["x", "sums", "x_out", "shift", "decay", "state", "hidden", *_PARAMETERS, *_OF_CHUNKS],
     "*fp32",
 )
-_HALVES = dict.fromkeys(
-    ["r", "k", "v", "a", "gate", "v_first", "value_mix", "out", "mixes", "weight", "rkv", "others", "embedding"],
-    "*bf16",
-)
+_OF_PRODUCTS = ["weight", "narrow", "mixes", "rkv", "others", "out", "embedding"]
+_HALVES = dict.fromkeys(["r", "k", "v", "a", "gate", "v_first", "value_mix", *_OF_PRODUCTS], "*bf16")
 _INDICES = dict.fromkeys(["slots", "starts", "rows", "token_ids"], "*i64")
 _SCALARS = {"state_stride": "i64", "shift_stride": "i64", "C": "i32", "H": "i32", "T": "i32", "num_rows": "i32"}
 _TYPES = {**_FLOATS, **_HALVES, **_INDICES, **_SCALARS, "eps": "fp32"}
-_RANKS = {"DECAY": 128, "RATE": 128, "GATE": 256}  # padded
-JOINT = 3 * C + 640
+_RANKS = {"DECAY": 128, "RATE": 128, "GATE": 256, "VALUE": 128}  # padded
+_SIZES = {"fp32": 4, "bf16": 2, "i8": 1}
+_POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "i8": "*i32"}  # int8 weights are read in words
 
 _STEP = {"N": N, "HAS_VALUE_MIX": True, "IS_MIXED": False}
 _STEP_OPTIONS = {"num_warps": wkv7.STEP_WARPS, "enable_fp_fusion": wkv7.FP_FUSION}
@@ -65,56 +66,81 @@ _PARTS_OPTIONS = {"num_warps": shift_mix.NUM_WARPS, "enable_fp_fusion": shift_mi
 def _linear(
     outputs: int, inputs: int, dtype: str, num_rows: int, registers: int, wide: int, cores: str | None, activation: str
 ) -> Variant:
-    itemsize = {"fp32": 4, "bf16": 2, "i8": 1}[dtype]
+    itemsize = _SIZES[dtype]
     plan = linear.plan(outputs, inputs, itemsize)
     tile = linear.tile(num_rows, itemsize, plan.split)
-    is_int8 = dtype == "i8"
+    options = tile.options(num_rows, inputs // plan.split, plan.tile_k)
     has_sums = tile.is_side_by_side and plan.split > 1
     return Variant(
         linear.linear_kernel,
-        {"x": "*bf16", "weight": f"*{dtype}", "scale": "*fp32", "bias": "*fp32", "T": "i32"}
+        {"x": "*bf16", "weight": _POINTERS[dtype], "bias": "*fp32", "T": "i32"}
         | {"out": "*fp32" if has_sums else "*bf16"},
         {
             "OUTPUTS": outputs,
             "K": inputs,
-            "STRIDE": linear.PANEL * (inputs + (plan.tile_k if is_int8 else 0)),
+            "STRIDE": _stride(inputs, itemsize),
             "SPLIT": plan.split,
             "IS_SIDE_BY_SIDE": tile.is_side_by_side,
             "DTYPE": tl.float32 if dtype == "fp32" else tl.bfloat16,
-            "HAS_SCALE": is_int8,
+            "TILE_K": plan.tile_k,
             "HAS_BIAS": activation != "none",
             "ACTIVATION": activation,
-            **_shape(tile, num_rows, inputs // plan.split, plan.tile_k),
+            **_constants(options),
         },
         Budget(registers, wide, cores),
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        _launch(options),
     )
 
 
-def _shape(tile: linear.Tile, num_rows: int, span: int, tile_k: int) -> dict[str, int]:
-    return {name: value for name, value in tile.options(num_rows, span, tile_k).items() if name.isupper()}
+def _int8(outputs: int, inputs: int, num_rows: int, registers: int, cores: str, activation: str = "none") -> Variant:
+    variant = _linear(outputs, inputs, "i8", num_rows, registers, 0, cores, activation)
+    options: dict[str, Any] = {**variant.constants, **variant.options}
+    return replace(variant, budget=Budget(registers, _copies(options, options["BLOCK_K"], 1), cores, narrow_copies=0))
 
 
-def _project(num_rows: int, registers: int, cores: str) -> Variant:
-    tile = linear.tile(num_rows, 2)
+def _copies(options: Mapping[str, Any], block_k: int, itemsize: int) -> int:
+    """Count the 16-byte copies a thread begins before its loop and in it: weights of so many bytes, and rows."""
+    of_stage = block_k * (options["BLOCK_O"] * itemsize + options["BLOCK_T"] * 2)
+    return int(options["num_stages"] * of_stage // (32 * options["num_warps"] * 16))
+
+
+def _stride(inputs: int, itemsize: int) -> int:
+    tile_k = linear.plan(linear.PANEL, inputs, itemsize).tile_k
+    return linear.PANEL * (inputs + (tile_k if itemsize == 1 else 0))
+
+
+def _constants(options: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in options.items() if name.isupper()}
+
+
+def _launch(options: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in options.items() if not name.isupper()}
+
+
+def _project(num_rows: int, registers: int, cores: str, dtype: str = "bf16") -> Variant:
+    options = projections.project_options(num_rows, C, _SIZES[dtype], 2)
+    budget = Budget(registers, 4, cores)
+    if dtype == "i8":
+        of_each = _copies(options, options["WIDE_BLOCK_K"], 1), _copies(options, options["NARROW_BLOCK_K"], 2)
+        budget = Budget(registers, sum(of_each), cores, narrow_copies=0)
     return Variant(
         projections.project_kernel,
-        _TYPES,
-        {"C": C, "WIDE": C, "OUTPUTS": JOINT, **_RANKS, "DTYPE": tl.bfloat16, **_shape(tile, num_rows, C, 64)},
-        Budget(registers, 4, cores),
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        {**_TYPES, "wide": _POINTERS[dtype]},
+        {"C": C, "WIDE": C, "WIDE_STRIDE": _stride(C, _SIZES[dtype]), **_RANKS, "DTYPE": tl.bfloat16}
+        | _constants(options),
+        budget,
+        _launch(options),
     )
 
 
 def _raise(num_rows: int, registers: int, cores: str) -> Variant:
     options = projections.raise_options(num_rows, 2)
-    constants = {"C": C, **_RANKS, "VALUE": 128, "DTYPE": tl.bfloat16}
     return Variant(
         projections.raise_kernel,
         _TYPES,
-        constants | {name: value for name, value in options.items() if name.isupper()},
+        {"C": C, **_RANKS, "DTYPE": tl.bfloat16} | _constants(options),
         Budget(registers, 4, cores),
-        {name: value for name, value in options.items() if not name.isupper()},
+        _launch(options),
     )
 
 
@@ -170,6 +196,11 @@ VARIANTS: Mapping[str, Variant] = {
     "project, 32 rows": _project(32, 120, "m64n32k16"),
     "project, 256 rows": _project(256, 168, "m64n128k16"),
     "project, 2048 rows": _project(2048, 240, "m64n256k16"),
+    "project int8, 1 row": _project(1, 120, "m64n16k16", "i8"),
+    "project int8, 32 rows": _project(32, 136, "m64n32k16", "i8"),
+    "project int8, 64 rows": _project(64, 136, "m64n64k16", "i8"),
+    "project int8, 256 rows": _project(256, 168, "m64n128k16", "i8"),
+    "project int8, 2048 rows": _project(2048, 168, "m64n128k16", "i8"),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),
     "raise, 64 rows": _raise(64, 168, "m64n64k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 56, 4, "m64n16k16", "none"),
@@ -180,7 +211,17 @@ VARIANTS: Mapping[str, Variant] = {
     "linear F x C, 1 row": _linear(F, C, "bf16", 1, 96, 4, "m64n16k16", "none"),
     "linear C x F, 1 row": _linear(C, F, "bf16", 1, 96, 4, "m64n16k16", "none"),
     "linear V x C, 1 row": _linear(V, C, "bf16", 1, 96, 4, "m64n16k16", "none"),
-    "linear C x C int8, 1 row": _linear(C, C, "i8", 1, 96, 4, "m64n16k16", "none"),
+    "linear C x C int8, 1 row": _int8(C, C, 1, 80, "m64n16k16"),
+    "linear C x C int8, 32 rows": _int8(C, C, 32, 96, "m64n32k16"),
+    "linear C x C int8, 64 rows": _int8(C, C, 64, 128, "m64n64k16"),
+    "linear C x C int8, 256 rows": _int8(C, C, 256, 168, "m64n128k16"),
+    "linear C x C int8, 2048 rows": _int8(C, C, 2048, 255, "m64n128k16"),
+    "linear F x C int8, 1 row": _int8(F, C, 1, 80, "m64n16k16", "relu_squared"),
+    "linear F x C int8, 2048 rows": _int8(F, C, 2048, 168, "m64n128k16", "relu_squared"),
+    "linear C x F int8, 1 row": _int8(C, F, 1, 80, "m64n16k16"),
+    "linear V x C int8, 1 row": _int8(V, C, 1, 80, "m64n16k16"),
+    "linear V x C int8, 256 rows": _int8(V, C, 256, 168, "m64n128k16"),
+    "linear of narrow tiles int8, 1 row": _int8(960, 960, 1, 80, "m64n16k16"),
     "low rank down, 1 row": _linear(96, C, "bf16", 1, 48, 4, "m64n16k16", "none"),
     "low rank up, 1 row": _linear(C, 96, "bf16", 1, 40, 4, "m64n16k16", "sigmoid"),
     "decay down, 1 row": _linear(96, C, "fp32", 1, 200, 4, None, "none"),
@@ -188,18 +229,8 @@ VARIANTS: Mapping[str, Variant] = {
     "decay down, 2048 rows": _linear(96, C, "fp32", 2048, 255, 4, None, "none"),
     "linear, spans added": Variant(
         linear.add_spans_kernel,
-        {"sums": "*fp32", "scale": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
-        {
-            "OUTPUTS": C,
-            "K": C,
-            "STRIDE": 64 * C,
-            "TILE_K": 64,
-            "SPLIT": 4,
-            "HAS_SCALE": False,
-            "HAS_BIAS": True,
-            "ACTIVATION": "tanh",
-        }
-        | {"BLOCK_O": linear.ADD_BLOCK},
+        {"sums": "*fp32", "bias": "*fp32", "out": "*bf16", "T": "i32"},
+        {"OUTPUTS": C, "SPLIT": 4, "HAS_BIAS": True, "ACTIVATION": "tanh", "BLOCK_O": linear.ADD_BLOCK},
         Budget(32, 4),
         {"num_warps": linear.ADD_WARPS},
     ),

@@ -1,8 +1,9 @@
 """`python -m kernels.triton.compile`: compile every kernel for sm_90 without a card, and hold it to its budget.
 
 What a compiler can say about speed before anything runs: registers, spills, shared memory, tensor core instructions,
-and how often global memory is read and written 16 bytes a thread. Prints a JSON object a kernel; the exit status is 1
-if one is over its budget. Cannot run in a process that interprets (`TRITON_INTERPRET`).
+and how often memory is read and written 16 bytes a thread, or less on the way into shared memory and out of it. Prints
+a JSON object a kernel; the exit status is 1 if one is over its budget. Cannot run in a process that interprets
+(`TRITON_INTERPRET`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ MAX_SHARED_BYTES = 227 << 10  # of a program on this target
 
 _PTXAS: Path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 _WIDE = r"(?:ld|st)\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global[^;]*, 0x10,"
+_NARROW_COPIES = r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48],|ld\.shared[\w.]*\.b8"
 _TENSOR_CORES = r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)"
 
 
@@ -38,6 +40,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     wide_accesses: int  # instructions that move 16 bytes a thread between global memory and the processor
+    narrow_copies: int  # instructions that copy fewer into shared memory, or take single bytes out of it
     tensor_cores: list[str]  # shapes of their instructions
     begun_products: int  # products that begin from something else than zero or the product before
 
@@ -52,6 +55,8 @@ class Resources:
             problems.append(f"{self.shared_bytes} bytes of shared memory")
         if self.wide_accesses < budget.wide_accesses:
             problems.append(f"{self.wide_accesses} wide accesses, not {budget.wide_accesses}")
+        if budget.narrow_copies is not None and self.narrow_copies > budget.narrow_copies:
+            problems.append(f"{self.narrow_copies} narrow copies, not {budget.narrow_copies}")
         if budget.tensor_cores is not None and budget.tensor_cores not in self.tensor_cores:
             problems.append(f"no {budget.tensor_cores} among {self.tensor_cores}")
         if budget.tensor_cores is not None and self.begun_products > 0:
@@ -81,6 +86,7 @@ def measure(variant: Variant) -> Resources:
         spilled_bytes=_number(r"(\d+) bytes spill stores", remarks) + _number(r"(\d+) bytes spill loads", remarks),
         shared_bytes=compiled.metadata.shared,
         wide_accesses=len(re.findall(_WIDE, ptx)),
+        narrow_copies=len(re.findall(_NARROW_COPIES, ptx)),
         tensor_cores=sorted({a or b for a, b in re.findall(_TENSOR_CORES, ptx)}),
         begun_products=_begun_products(compiled.asm["ttgir"]),
     )

@@ -11,6 +11,8 @@
 
 Prompts take a launch more for each shift and four for the recurrence, one after the other: they fill the card, and what
 begins early is only in the way (5 % slower on an H200).
+
+The large matrices have the activations' dtype or, beside bfloat16, are int8 (`int8.py`): not run on a card yet.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from kernels.triton import wkv7 as recurrence
 from kernels.triton.projections import Projections
 
 if TYPE_CHECKING:
+    from kernels import Linear
     from kernels.rwkv7 import Layer, Norm, Weights
 
 _STEP: dict[str, Any] = {"launch_pdl": True}
@@ -98,23 +101,26 @@ class FusedRwkv7:
 
 
 def can_fuse(weights: Weights, dtype: torch.dtype) -> bool:
-    """Say whether the launches take a model: sizes of theirs, all large matrices of `dtype`."""
+    """Say whether the launches take a model: sizes of theirs, each large matrix of `dtype`, or int8 beside bfloat16."""
     width = weights.embedding.shape[1]
     return (
         width % 16 == 0
         and width <= shift_mix.MAX_WIDTH
-        and weights.head.packed.dtype == dtype
-        and products.is_packed(weights.head.packed)
+        and _can_multiply(weights.head, dtype)
         and all(_is_taken(layer, dtype) for layer in weights.layers)
     )
 
 
+def _can_multiply(linear: Linear, dtype: torch.dtype) -> bool:
+    is_int8 = linear.packed.dtype == torch.int8
+    return products.is_packed(linear.packed) and dtype == (torch.bfloat16 if is_int8 else linear.packed.dtype)
+
+
 def _is_taken(layer: Layer, dtype: torch.dtype) -> bool:
     p, f = layer.time_mixing, layer.channel_mixing
-    linears = (p.receptance, p.key, p.value, p.output, f.key, f.value)
     return (
         p.r_k.shape[1] in recurrence.HEAD_SIZES
-        and all(linear.packed.dtype == dtype and products.is_packed(linear.packed) for linear in linears)
+        and all(_can_multiply(linear, dtype) for linear in (p.receptance, p.key, p.value, p.output, f.key, f.value))
         and (p.decay.activation, p.decay.output_activation) == ("tanh", "none")
         and (p.rate.activation, p.rate.output_activation) == ("none", "sigmoid")
         and (p.gate.activation, p.gate.output_activation) == ("sigmoid", "none")

@@ -6,7 +6,8 @@ summed from its front, and the spans' sums are added in order, by a second launc
 side) or by the same program (many rows). The number of rows only chooses how many share a program.
 
 Weights are packed in panels of `PANEL` outputs, each a row of tiles `[PANEL, TILE_K]` along the inputs, so that a
-program reads memory in its order.
+program reads memory in its order. Int8 ones (`int8.py`) have a tile more behind each panel, which begins with the
+panel's scales; a span's sum is multiplied by them once, when it is whole.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton import int8
 from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_inputs
 
 PANEL = 64  # outputs, the tensor cores' unit
 TILE_BYTES = 128  # of an output in a tile
+MAX_BLOCK_K = 128  # inputs at once
 MAX_ROWS_SIDE_BY_SIDE = 256  # above it there are programs enough without cutting K
 PROGRAMS_WANTED = 128  # about as many as a data centre card has processors; a constant, so that bits are no card's
 ADD_BLOCK, ADD_WARPS = 256, 2  # of the launch that adds spans
@@ -60,7 +63,7 @@ def as_operand(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def weights_at(o, k, STRIDE: tl.constexpr, TILE_K: tl.constexpr):
+def _weights_at(o, k, STRIDE: tl.constexpr, TILE_K: tl.constexpr):
     """Offsets `[O, K]` of outputs and inputs in packed weights, whose panels are STRIDE apart."""
     of_outputs = (o // _PANEL).to(tl.int64) * STRIDE + o % _PANEL * TILE_K
     return of_outputs[:, None] + (k // TILE_K * (_PANEL * TILE_K) + k % TILE_K)[None, :]
@@ -68,65 +71,74 @@ def weights_at(o, k, STRIDE: tl.constexpr, TILE_K: tl.constexpr):
 
 @triton.jit
 def weighted_sums(
-    weights, rows, K: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+    weight, o, rows, first_k,
+    K: tl.constexpr, SPLIT: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """`weight @ x.T`, `[BLOCK_O, BLOCK_T]` float32, over K inputs in SPLIT spans: each from its front, then added."""
+    """`weight @ x.T` of outputs `o`, `[BLOCK_O, BLOCK_T]` float32, over K inputs from `first_k` on, in SPLIT spans.
+
+    Each is summed from its front, scaled where the weights are int8 (then `weight` points to words), and added to the
+    others in order. `rows[BLOCK_T]` point to the rows' first inputs. Waits for what comes before this kernel; what
+    does not depend on it is asked for before.
+    """
+    IS_INT8: tl.constexpr = weight.dtype.element_ty == tl.int32
+    IN_ONE: tl.constexpr = 4 if IS_INT8 else 1
+    begin_of_panels = weight + first_k * (_PANEL // IN_ONE)
+    in_tile = tl.arange(0, BLOCK_K // IN_ONE)
+    weights = begin_of_panels + _weights_at(o, in_tile, STRIDE // IN_ONE, TILE_K // IN_ONE)
+    inputs = rows[:, None] + (first_k + tl.arange(0, BLOCK_K))[None, :]
+    if IS_INT8:
+        SCALES: tl.constexpr = (STRIDE - _PANEL * TILE_K) // IN_ONE
+        scale_words = tl.load(weight + (o // _PANEL).to(tl.int64) * (STRIDE // IN_ONE) + SCALES + o % _PANEL)
+        scales = scale_words.to(tl.float32, bitcast=True)
+    wait_for_inputs()
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     for part in range(SPLIT):
         sums = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
         for begin in range(0, K // SPLIT, BLOCK_K):
             k = part * (K // SPLIT) + begin
-            w = tl.load(weights + k * _PANEL, eviction_policy="evict_first" if IS_READ_ONCE else "")
-            row = as_operand(tl.load(rows + k), DTYPE)
-            sums = tl.dot(as_operand(w, DTYPE), tl.trans(row), sums, input_precision="ieee")
+            w = tl.load(weights + k * (_PANEL // IN_ONE), eviction_policy="evict_first" if IS_READ_ONCE else "")
+            w = int8.unpacked(w, BLOCK_O, BLOCK_K) if IS_INT8 else as_operand(w, DTYPE)
+            row = as_operand(tl.load(inputs + k), DTYPE)
+            sums = tl.dot(w, tl.trans(row), sums, input_precision="ieee")
+        if IS_INT8:
+            sums *= scales[:, None]
         total += sums
     return total
 
 
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
-    x, weight, scale, bias, out, T,
+    x, weight, bias, out, T,
     OUTPUTS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr, SPLIT: tl.constexpr,
-    IS_SIDE_BY_SIDE: tl.constexpr, DTYPE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_READ_ONCE: tl.constexpr,
+    IS_SIDE_BY_SIDE: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, rows, span). Side by side, `out` is `[SPLIT, T, O]` float32 and not activated yet."""
     let_successor_begin()
     SPAN: tl.constexpr = K // SPLIT if IS_SIDE_BY_SIDE else K
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_k = tl.program_id(2) * SPAN
-    k = tl.arange(0, BLOCK_K)
-    # Rows and outputs past the end read the first one's, and are not stored: no mask in the loop.
-    weights = weight + first_k * _PANEL + weights_at(tl.where(o < OUTPUTS, o, 0), k, STRIDE, TILE_K)
-    rows = x + tl.where(t < T, t, 0)[:, None] * K + (first_k + k)[None, :]
     parts: tl.constexpr = 1 if IS_SIDE_BY_SIDE else SPLIT
-    wait_for_inputs()
-    total = weighted_sums(weights, rows, SPAN, parts, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE)
+    # Rows and outputs past the end read the first one's, and are not stored: no mask in the loop.
+    total = weighted_sums(
+        weight, tl.where(o < OUTPUTS, o, 0), x + tl.where(t < T, t, 0) * K, tl.program_id(2) * SPAN,
+        SPAN, parts, STRIDE, TILE_K, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE,
+    )  # fmt: skip
     is_inside = (o < OUTPUTS)[:, None] & (t < T)[None, :]
     to = out + (tl.program_id(2) * T + t)[None, :] * OUTPUTS + o[:, None]
     if not IS_SIDE_BY_SIDE or SPLIT == 1:
-        if HAS_SCALE:
-            total *= tl.load(scale + _scale_at(o, K, STRIDE, TILE_K), mask=o < OUTPUTS, other=0.0)[:, None]
         if HAS_BIAS:
             total = add_bias(total, tl.load(bias + o, mask=o < OUTPUTS, other=0.0), o < OUTPUTS)
         total = activate(total, ACTIVATION)
     tl.store(to, total.to(out.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit
-def _scale_at(o, K: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr):
-    """Where the scale of int8 outputs is, in float32: a tile more, behind a panel's inputs, begins with it."""
-    return (o // _PANEL).to(tl.int64) * (STRIDE // 4) + (K * _PANEL + o % _PANEL * TILE_K) // 4
-
-
 @triton.jit(do_not_specialize=["T"])
 def add_spans_kernel(
-    sums, scale, bias, out, T,
-    OUTPUTS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_O: tl.constexpr,
+    sums, bias, out, T,
+    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Add the spans' sums `[SPLIT, T, O]` in order and finish as `linear_kernel` would; program (outputs, row)."""
     let_successor_begin()
@@ -136,8 +148,6 @@ def add_spans_kernel(
     total = tl.zeros([BLOCK_O], tl.float32)
     for part in tl.static_range(SPLIT):
         total += tl.load(sums + (part * T + row) * OUTPUTS + o, mask=o < OUTPUTS, other=0.0)
-    if HAS_SCALE:
-        total *= tl.load(scale + _scale_at(o, K, STRIDE, TILE_K), mask=o < OUTPUTS, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + o, mask=o < OUTPUTS, other=0.0)
     tl.store(out + row * OUTPUTS + o, activate(total, ACTIVATION).to(out.dtype.element_ty), mask=o < OUTPUTS)
@@ -155,19 +165,22 @@ class Plan:
 def plan(out_features: int, in_features: int, itemsize: int, is_whole: bool = False) -> Plan:
     """Return the plan: tiles of `TILE_BYTES` an output, and one span or so many that the processors have work.
 
-    Raises `ValueError` where `in_features` is no multiple of 16: such a matrix is not for these kernels.
+    Raises `ValueError` where `in_features` is no multiple of 16, or of 64 beside int8: such a matrix is not for these
+    kernels.
     """
-    if in_features % 16:
-        raise ValueError(f"in_features must be a multiple of 16, not {in_features}")
+    least = int8.LEAST_TILE_K if itemsize == 1 else 16
+    if in_features % least:
+        raise ValueError(f"in_features must be a multiple of {least}, not {in_features}")
     tile_k = TILE_BYTES // itemsize
     while in_features % tile_k:
         tile_k //= 2
+    step = min(2 * tile_k, MAX_BLOCK_K)
     split = 1
     while (
         not is_whole
         and split < 8
         and split * triton.cdiv(out_features, PANEL) < PROGRAMS_WANTED
-        and in_features % (2 * split * 2 * tile_k) == 0
+        and in_features % (2 * split * step) == 0
         and in_features // (2 * split) >= 256
     ):
         split *= 2
@@ -184,6 +197,7 @@ class Tile:
     num_warps: int
     num_stages: int
     is_side_by_side: bool  # the spans of K are different programs'
+    enable_fp_fusion: bool = True  # not where a program adds scaled sums: two launches could not fuse that
 
     def options(self, num_rows: int, span: int, tile_k: int) -> dict[str, int]:
         """Return the kernel's arguments for so many rows, and spans of so many inputs."""
@@ -194,25 +208,38 @@ class Tile:
             "BLOCK_O": self.block_o,
             "BLOCK_T": self.block_t,
             "BLOCK_K": block_k,
-            "TILE_K": tile_k,
             "IS_READ_ONCE": self.block_o == PANEL and num_rows <= self.block_t,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": self.enable_fp_fusion,
         }
 
 
 @lru_cache
 def tile(num_rows: int, itemsize: int, split: int = 1) -> Tile:
-    """Return the tile for so many rows; float32 products are not tensor cores' and take fewer."""
+    """Return the tile for so many rows beside weights of so many bytes.
+
+    float32 products are not tensor cores' and take fewer. A step of int8 ones is a tile of weights, whatever the rows,
+    half the bytes of a 16-bit one: few rows have twice as many in flight.
+    """
     if itemsize == 4:
         return Tile(64, 32, 32, 4, 3, num_rows <= MAX_ROWS_SIDE_BY_SIDE)
+    if itemsize == 1:
+        return _int8_tile(num_rows)
     if num_rows > MAX_ROWS_SIDE_BY_SIDE:
         # A program that adds spans needs room for two sums.
         return Tile(128, 256, 64, 8, 4, False) if split == 1 else Tile(128, 128, 64, 8, 4, False)
     if num_rows > 64:
         return Tile(128, 128, 64, 8, 6, True)
     block_t = next(rows for rows in (16, 32, 64) if rows >= num_rows)
-    return Tile(PANEL, block_t, 128, 4, 6, True)
+    return Tile(PANEL, block_t, MAX_BLOCK_K, 4, 6, True)
+
+
+def _int8_tile(num_rows: int) -> Tile:
+    if num_rows > 64:
+        return Tile(128, 128, 64, 8, 4, num_rows <= MAX_ROWS_SIDE_BY_SIDE, enable_fp_fusion=False)
+    block_t, num_stages = next((rows, stages) for rows, stages in ((16, 12), (32, 12), (64, 8)) if rows >= num_rows)
+    return Tile(PANEL, block_t, 64, 4, num_stages, True, enable_fp_fusion=False)
 
 
 def can_run(weight: torch.Tensor) -> bool:
@@ -225,27 +252,25 @@ def is_packed(weight: torch.Tensor) -> bool:
     return weight.ndim == 4
 
 
-def pack(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
-    """Return `weight[O, K]` as `[panels, tiles, PANEL, tile_k]`, outputs padded with zeros.
-
-    `int8`: as integers, with a tile more behind each panel, in which an output's row begins with its float32 scale.
-    """
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight[O, K]` as `[panels, tiles, PANEL, tile_k]`, outputs padded with zeros."""
     outputs, K = weight.shape
-    scale = None
-    if int8:
-        scale = weight.float().abs().amax(dim=1).div(127).clamp_(min=torch.finfo(torch.float32).tiny)
-        weight = (weight.float() / scale[:, None]).round_().to(torch.int8)
     tile_k = plan(outputs, K, weight.element_size()).tile_k
     panels, tiles = triton.cdiv(outputs, PANEL), K // tile_k
     padded = weight.new_zeros(panels * PANEL, K)
     padded[:outputs] = weight
-    packed = weight.new_zeros(panels, tiles + int8, PANEL, tile_k)
-    packed[:, :tiles] = padded.view(panels, PANEL, tiles, tile_k).transpose(1, 2)
-    if scale is not None:
-        scales = scale.new_zeros(panels * PANEL)
-        scales[:outputs] = scale
-        packed[:, tiles, :, :4] = scales.view(panels, PANEL, 1).view(torch.int8)
-    return packed
+    return padded.view(panels, PANEL, tiles, tile_k).transpose(1, 2).contiguous()
+
+
+def pack_int8(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight[O, K]` quantised, as `pack` does but in words, and behind each panel a tile with its scales."""
+    quantised, scales = int8.quantise(weight)
+    tiles = int8.interleave(pack(quantised))
+    of_panels = scales.new_zeros(len(tiles), PANEL)
+    of_panels.view(-1)[: len(scales)] = scales
+    last = tiles.new_zeros(len(tiles), *tiles.shape[2:])
+    last.flatten(1)[:, : PANEL * scales.itemsize] = of_panels.view(torch.int8)
+    return torch.cat([tiles, last[:, None]], dim=1)
 
 
 def unpack(weight: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -277,18 +302,14 @@ def linear(
     sums = _run(x, weight, bias, activation, out, is_whole, launch)
     if sums is not out:
         add_spans_kernel[(triton.cdiv(out_features, ADD_BLOCK), len(x))](
-            sums, _scales(weight), x if bias is None else bias, out, len(x), K=x.shape[1], SPLIT=len(sums),
-            TILE_K=weight.shape[3], BLOCK_O=ADD_BLOCK, **_matrix(weight, out, bias, activation),
-            num_warps=ADD_WARPS, **launch,
+            sums, x if bias is None else bias, out, len(x), SPLIT=len(sums), BLOCK_O=ADD_BLOCK,
+            **_outputs(out, bias, activation), num_warps=ADD_WARPS, **launch,
         )  # fmt: skip
     return out
 
 
 def linear_sums(x: torch.Tensor, weight: torch.Tensor, out_features: int, **launch: bool) -> torch.Tensor:
-    """As `linear`, but return the spans' sums `[S, T, O]` float32, for the next kernel to add in order.
-
-    Not for int8.
-    """
+    """As `linear`, but return the spans' sums `[S, T, O]` float32, for the next kernel to add in order."""
     whole = x.new_empty(1, len(x), out_features, dtype=torch.float32)
     return _run(x, weight, None, "none", whole, False, launch)
 
@@ -303,6 +324,9 @@ def _run(
     launch: dict[str, bool],
 ) -> torch.Tensor:
     """Fill `out[..., T, O]` and return it, or return the spans' sums where several programs share an output."""
+    dtype = torch.bfloat16 if weight.dtype == torch.int8 else weight.dtype
+    if x.element_size() > dtype.itemsize:
+        x = x.to(dtype)  # tiles have room for rows of the product's dtype
     x = x.contiguous()
     (T, K), outputs = x.shape, out.shape[-1]
     matrix = plan(outputs, K, weight.element_size(), is_whole)
@@ -312,29 +336,21 @@ def _run(
         out = x.new_empty(matrix.split, T, outputs, dtype=torch.float32)
     grid = (triton.cdiv(outputs, tiles.block_o), triton.cdiv(T, tiles.block_t), matrix.split if has_sums else 1)
     linear_kernel[grid](
-        x, weight, _scales(weight), x if bias is None else bias, out, T,
-        K=K, SPLIT=matrix.split, IS_SIDE_BY_SIDE=tiles.is_side_by_side,
-        DTYPE=tl.bfloat16 if weight.dtype == torch.int8 else TRITON_DTYPES[weight.dtype],
-        **_matrix(weight, out, bias, activation), **tiles.options(T, K // matrix.split, matrix.tile_k), **launch,
+        x, in_words(weight), x if bias is None else bias, out, T,
+        K=K, STRIDE=weight.stride(0), SPLIT=matrix.split, IS_SIDE_BY_SIDE=tiles.is_side_by_side,
+        DTYPE=TRITON_DTYPES[dtype], TILE_K=matrix.tile_k, **_outputs(out, bias, activation),
+        **tiles.options(T, K // matrix.split, matrix.tile_k), **launch,
     )  # fmt: skip
     return out
 
 
-def _matrix(
-    weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, activation: str
-) -> dict[str, int | bool | str]:
-    return {
-        "OUTPUTS": out.shape[-1],
-        "STRIDE": weight.stride(0),
-        "HAS_SCALE": weight.dtype == torch.int8,
-        "HAS_BIAS": bias is not None,
-        "ACTIVATION": activation,
-    }
+def _outputs(out: torch.Tensor, bias: torch.Tensor | None, activation: str) -> dict[str, int | bool | str]:
+    return {"OUTPUTS": out.shape[-1], "HAS_BIAS": bias is not None, "ACTIVATION": activation}
 
 
-def _scales(weight: torch.Tensor) -> torch.Tensor:
-    """Return what int8 weights find their scales in, or for others something that is not read."""
-    return weight.view(torch.float32) if weight.dtype == torch.int8 else weight
+def in_words(weight: torch.Tensor) -> torch.Tensor:
+    """Return packed weights as the kernels take them: int8 ones in words."""
+    return weight.view(torch.int32) if weight.dtype == torch.int8 else weight
 
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

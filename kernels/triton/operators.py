@@ -11,11 +11,14 @@ from kernels.triton import linear as products
 from kernels.triton import sampling
 from kernels.triton import shift_mix as shifts
 from kernels.triton import wkv7 as recurrence
+from kernels.triton.int8 import can_quantise
 
 
 def pack_linear(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """See `kernels.Linear`."""
-    return products.pack(weight, int8) if products.can_run(weight) else eager.pack_linear(weight, int8)
+    if not products.can_run(weight):
+        return eager.pack_linear(weight, int8)
+    return products.pack_int8(weight) if int8 and can_quantise(weight) else products.pack(weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:

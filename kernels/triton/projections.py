@@ -1,8 +1,10 @@
 """All projections of a time mixing: what reads the mixes in one launch, low-rank products' second halves in another.
 
-The first matrix is `[receptance; key; value; decay; rate; gate; value mix]`, the low-rank ones being their `down`s.
-Each part begins at a multiple of `PART`, so that a program's outputs belong to one of them. The second is the `up`s
-side by side along the inputs, padded alike. Sums have one order for each output, whatever the batch (`linear.py`).
+The first launch has two matrices: `[receptance; key; value]`, which may be int8, and `[decay; rate; gate; value mix]`,
+the low-rank `down`s, which are not. Where they are of one dtype they are one matrix and their programs one loop: two
+loops take twice the registers. Each part begins at a multiple of `PART`, so that a program's outputs belong to one of
+them. The second launch has the `up`s side by side along the inputs, padded alike. Sums have one order for each output,
+whatever the batch (`linear.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from kernels.triton.linear import (
     activate,
     add_bias,
     as_operand,
+    in_words,
     pack,
     plain,
     plan,
     tile,
-    unpack,
     weighted_sums,
-    weights_at,
 )
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
@@ -39,42 +40,51 @@ _PANEL = tl.constexpr(PANEL)
 
 @triton.jit(do_not_specialize=["T"])
 def project_kernel(
-    mixes, weight, rkv, hidden, T,
+    mixes, wide, narrow, rkv, hidden, T,
     C: tl.constexpr, WIDE: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr,
-    OUTPUTS: tl.constexpr, DTYPE: tl.constexpr, TILE_K: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
+    VALUE: tl.constexpr, DTYPE: tl.constexpr, WIDE_STRIDE: tl.constexpr, WIDE_TILE_K: tl.constexpr,
+    NARROW_TILE_K: tl.constexpr, WIDE_BLOCK_K: tl.constexpr, NARROW_BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, IS_READ_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY, RATE, GATE are ranks.
+    """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY to VALUE are ranks.
 
-    Writes `rkv[3, T, C]`, and `hidden[T, OUTPUTS - 3 WIDE]` float32 after its activations.
+    Writes `rkv[3, T, C]`, and `hidden[T, ranks]` float32 after its activations.
     """
     let_successor_begin()
+    IS_ONE_MATRIX: tl.constexpr = wide.dtype.element_ty == narrow.dtype.element_ty
     first = tl.program_id(0) * BLOCK_O
-    o = first + tl.arange(0, BLOCK_O)
+    in_block = tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = tl.arange(0, BLOCK_K)
-    narrow = first - 3 * WIDE
-    is_decay = (narrow >= 0) & (narrow < DECAY)
-    is_rate = (narrow >= DECAY) & (narrow < DECAY + RATE)
-    is_gate = (narrow >= DECAY + RATE) & (narrow < DECAY + RATE + GATE)
+    in_narrow = first - 3 * WIDE
+    is_decay = (in_narrow >= 0) & (in_narrow < DECAY)
+    is_rate = (in_narrow >= DECAY) & (in_narrow < DECAY + RATE)
+    is_gate = (in_narrow >= DECAY + RATE) & (in_narrow < DECAY + RATE + GATE)
     plane = tl.where(first < WIDE, 0, tl.where(first < 2 * WIDE, 2, 3))
     plane = tl.where(is_decay, 1, tl.where(is_rate, 4, tl.where(is_gate, 5, plane)))
-    weights = weight + weights_at(o, k, C * _PANEL, TILE_K)
-    rows = mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0))[:, None] * C + k[None, :]
-    wait_for_inputs()
-    total = weighted_sums(weights, rows, C, 1, DTYPE, BLOCK_O, BLOCK_T, BLOCK_K, IS_READ_ONCE)
-    if narrow < 0:
+    rows = mixes + (plane.to(tl.int64) * T + tl.where(t < T, t, 0)) * C
+    if IS_ONE_MATRIX or in_narrow < 0:
+        total = weighted_sums(
+            wide, first + in_block, rows, 0, C, 1, WIDE_STRIDE, WIDE_TILE_K, DTYPE,
+            BLOCK_O, BLOCK_T, WIDE_BLOCK_K, IS_READ_ONCE,
+        )  # fmt: skip
+    else:
+        total = weighted_sums(
+            narrow, in_narrow + in_block, rows, 0, C, 1, C * _PANEL, NARROW_TILE_K, DTYPE,
+            BLOCK_O, BLOCK_T, NARROW_BLOCK_K, IS_READ_ONCE,
+        )  # fmt: skip
+    if in_narrow < 0:
         part = first // WIDE
-        channel = o - part * WIDE
+        channel = first - part * WIDE + in_block
         is_inside = (channel < C)[:, None] & (t < T)[None, :]
-        tl.store(rkv + (part * T + t)[None, :] * C + channel[:, None], total.to(rkv.dtype.element_ty), mask=is_inside)
+        at = (part * T + t)[None, :] * C + channel[:, None]
+        tl.store(rkv + at, total.to(rkv.dtype.element_ty), mask=is_inside)
     else:
         if is_decay:
             total = activate(total, "tanh")
         if is_gate:
             total = activate(total, "sigmoid")
-        to = hidden + t[None, :] * (OUTPUTS - 3 * WIDE) + (narrow + tl.arange(0, BLOCK_O))[:, None]
-        tl.store(to, total, mask=(t < T)[None, :])
+        at = t[None, :] * (DECAY + RATE + GATE + VALUE) + (in_narrow + in_block)[:, None]
+        tl.store(hidden + at, total, mask=(t < T)[None, :])
 
 
 @triton.jit
@@ -153,7 +163,7 @@ class Projected:
 
 
 class Projections:
-    """The joint matrices of a layer, in `dtype`."""
+    """The joint matrices of a layer; the low-rank ones in `dtype`, the others in it or int8."""
 
     def __init__(self, wide: Sequence[Linear], narrow: Sequence[LowRank | None], dtype: torch.dtype) -> None:
         """Take receptance, key, value; and decay, rate, gate, value mix, the last being None in the first layer.
@@ -162,46 +172,55 @@ class Projections:
         """
         low_ranks = [low_rank for low_rank in narrow if low_rank is not None]
         self._dtype = dtype
-        self._width = wide[0].in_features
-        self._wide = _padded(self._width)
+        self._width = width = wide[0].in_features
         self._ranks = [_padded(low_rank.rank) for low_rank in low_ranks] + [0] * (4 - len(low_ranks))
-        sizes = [self._wide] * 3 + self._ranks[: len(low_ranks)]
-        matrices = [unpack(linear.packed, self._width) for linear in wide]
-        matrices += [plain(low_rank.down, low_rank.rank) for low_rank in low_ranks]
-        joint = matrices[0].new_zeros(sum(sizes), self._width, dtype=dtype)
-        self._up = matrices[0].new_zeros(self._width, sum(self._ranks), dtype=dtype)
-        for place, matrix in zip(torch.split(joint, sizes), matrices, strict=True):
-            place[: len(matrix)] = matrix
-        for place, low_rank in zip(torch.split(self._up, self._ranks, dim=1), low_ranks, strict=False):
-            place[:, : low_rank.rank] = plain(low_rank.up, self._width)
-        self._outputs = len(joint)
-        self._joint = pack(joint)
-        for linear, panels in zip(wide, torch.split(self._joint, [size // PANEL for size in sizes]), strict=False):
-            linear.packed = panels[: triton.cdiv(self._width, PANEL)]
-        nothing = joint.new_zeros(self._width, dtype=torch.float32)
+        down = low_ranks[0].down.new_zeros(sum(self._ranks), width, dtype=dtype)
+        up = down.new_zeros(width, sum(self._ranks))
+        places = zip(torch.split(down, self._ranks), torch.split(up, self._ranks, dim=1), low_ranks, strict=False)
+        for place_down, place_up, low_rank in places:
+            place_down[: low_rank.rank] = plain(low_rank.down, low_rank.rank)
+            place_up[:, : low_rank.rank] = plain(low_rank.up, width)
+        self._wide, self._narrow, self._up = _joined([linear.packed for linear in wide]), pack(down), up
+        if self._wide.dtype == dtype:
+            sizes = len(self._wide), len(self._narrow)
+            self._wide, self._narrow = torch.cat([self._wide, self._narrow]).split(sizes)
+        for linear, panels in zip(wide, self._wide.chunk(3), strict=True):
+            linear.packed = panels[: len(linear.packed)]
+        nothing = up.new_zeros(width, dtype=torch.float32)
         biases = [low_rank.bias for low_rank in low_ranks if low_rank is not low_ranks[2]] + [None]
         self._biases = [nothing if bias is None else bias for bias in biases[:3]]
 
     def __call__(self, mixes: torch.Tensor, **launch: bool) -> Projected:
         """Return what `mixes[6, T, C]` project to."""
         _, T, C = mixes.shape
-        decay, rate, gate, value = self._ranks
-        itemsize = mixes.element_size()
         rkv, others = mixes.new_empty(3, T, C), mixes.new_empty(3, T, C)
         hidden = mixes.new_empty(T, sum(self._ranks), dtype=torch.float32)
         raw_decay = mixes.new_empty(T, C, dtype=torch.float32)
-        tiles, tile_k = tile(T, itemsize), plan(self._outputs, C, itemsize, is_whole=True).tile_k
-        of_matrix = {"C": C, "DECAY": decay, "RATE": rate, "GATE": gate, "DTYPE": TRITON_DTYPES[self._dtype]}
-        project_kernel[(self._outputs // tiles.block_o, triton.cdiv(T, tiles.block_t))](
-            mixes, self._joint, rkv, hidden, T, WIDE=self._wide, OUTPUTS=self._outputs, **of_matrix,
-            **tiles.options(T, C, tile_k), **launch,
+        of_matrix = dict(zip(("DECAY", "RATE", "GATE", "VALUE"), self._ranks, strict=True))
+        of_matrix |= {"C": C, "DTYPE": TRITON_DTYPES[self._dtype]}
+        options = project_options(T, C, self._wide.element_size(), self._up.element_size())
+        outputs = PANEL * (len(self._wide) + len(self._narrow))
+        project_kernel[(outputs // options["BLOCK_O"], triton.cdiv(T, options["BLOCK_T"]))](
+            mixes, in_words(self._wide), self._narrow, rkv, hidden, T,
+            WIDE=PANEL * len(self._wide) // 3, WIDE_STRIDE=self._wide.stride(0), **of_matrix, **options, **launch,
         )  # fmt: skip
-        options = raise_options(T, itemsize)
-        grid = (triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), 4 if value else 3)
-        raise_kernel[grid](
-            hidden, self._up, *self._biases, raw_decay, others, T, VALUE=value, **of_matrix, **options, **launch
+        options = raise_options(T, mixes.element_size())
+        planes = 4 if self._ranks[3] else 3
+        raise_kernel[(triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), planes)](
+            hidden, self._up, *self._biases, raw_decay, others, T, **of_matrix, **options, **launch
         )
         return Projected(rkv, raw_decay, others)
+
+
+def project_options(num_rows: int, width: int, wide_itemsize: int, narrow_itemsize: int) -> dict[str, int]:
+    """Return who computes what in the first launch, for weights of so many bytes each."""
+    tiles = tile(num_rows, wide_itemsize)
+    options: dict[str, int] = {}
+    for name, itemsize in (("WIDE", wide_itemsize), ("NARROW", narrow_itemsize)):
+        tile_k = plan(PANEL, width, itemsize, is_whole=True).tile_k
+        of_part = tiles.options(num_rows, width, tile_k)
+        options |= {f"{name}_TILE_K": tile_k, f"{name}_BLOCK_K": of_part.pop("BLOCK_K"), **of_part}
+    return options
 
 
 def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
@@ -211,6 +230,15 @@ def raise_options(num_rows: int, itemsize: int) -> dict[str, int]:
     if num_rows <= FEW_ROWS:
         return {"BLOCK_O": 64, "BLOCK_T": max(16, triton.next_power_of_2(num_rows)), "BLOCK_K": 256, "num_warps": 4}
     return {"BLOCK_O": 64, "BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 4}
+
+
+def _joined(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return packed matrices one behind the other, each of as many panels as fill parts."""
+    padded = len(matrices[0]) + len(matrices[0]) % (PART // PANEL)
+    joint = matrices[0].new_zeros(3 * padded, *matrices[0].shape[1:])
+    for place, matrix in zip(joint.chunk(3), matrices, strict=True):
+        place[: len(matrix)] = matrix
+    return joint
 
 
 def _padded(size: int) -> int:

@@ -1,10 +1,10 @@
 """`make bench-gpu`: what one card does. The last line is one JSON object.
 
-Sections: ceilings of the card; correctness on it; decode by batch size; prompts; a step and its context, beside a
-transformer of the size; the service; then, in a process of its own because operators cannot be taken back from a
-device, plain PyTorch captured as ours is. A section that fails says so in the result and the others run; each figure
-is printed when it is known, so that a run that is cut off has said something. Kernels are compiled by many processes
-first. `--sections` chooses: the service is the longest by far.
+Sections: ceilings of the card; correctness on it; decode by batch size; prompts; int8 weights beside bfloat16 ones, in
+turn; a step and its context, beside a transformer of the size; the service; then, in a process of its own because
+operators cannot be taken back from a device, plain PyTorch captured as ours is. A section that fails says so in the
+result and the others run; each figure is printed when it is known, so that a run that is cut off has said something.
+Kernels are compiled by many processes first. `--sections` chooses: the service is the longest by far.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ PIECE = 2048  # tokens of a prompt consumed at once
 
 
 COMPILED = (1, 32, 64, 256)  # batch sizes that between them have every variant of a kernel
-SECTIONS = ("ceilings", "correctness", "decode", "prefill", "context", "context_transformer", "service", "pytorch")
+SECTIONS = (
+    "ceilings", "correctness", "decode", "prefill", "int8", "context", "context_transformer", "service", "pytorch",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -103,9 +105,10 @@ def main() -> int:
 
     path = paths[options.main_shape]
     section("ceilings", lambda: ceilings(device))
-    section("correctness", lambda: correctness(path, device))
+    section("correctness", lambda: correctness(load_model(path, device, "bfloat16")))
     section("decode", lambda: {name: decode(paths[name], device, triton_step) for name in options.shapes})
     section("prefill", lambda: prefill(path, device))
+    section("int8", lambda: int8_beside_bfloat16(path, device))
     section("context", lambda: by_context(path, device))
     section("context_transformer", lambda: transformer_by_context(device))
     with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
@@ -135,6 +138,8 @@ def compile_everything(options: argparse.Namespace) -> None:
     ensure_checkpoint(options.cache, options.main_shape, num_layers=2)
     started_at = time.perf_counter()
     wanted = [*(f"decode {rows}" for rows in COMPILED), "prefill 1024"]
+    dtypes = ("bfloat16", "int8") if "int8" in options.sections else ("bfloat16",)
+    wanted = [f"{what} {dtype}" for dtype in dtypes for what in wanted]
     processes = [subprocess.Popen([*command, what]) for what in wanted[: os.cpu_count()]]
     failed = [what for what, process in zip(wanted, processes, strict=False) if process.wait()]
     print(f"compiled in {time.perf_counter() - started_at:.0f} s{f', but not {failed}' if failed else ''}", flush=True)
@@ -143,8 +148,8 @@ def compile_everything(options: argparse.Namespace) -> None:
 def compile_for(what: str, path: Path, device: torch.device) -> None:
     """Run one step, so that its kernels are compiled."""
     kernels.select_backend(device)
-    kind, count = what.split()
-    model = load_model(path, device, "bfloat16")
+    kind, count, dtype = what.split()
+    model = load_model(path, device, dtype)
     with torch.inference_mode():
         if kind == "prefill":
             consume(model, new_pool(model, 2), [0], int(count))
@@ -273,13 +278,64 @@ def decode(path: Path, device: torch.device, make_step: Callable[..., DecodeStep
     model = load_model(path, device, "bfloat16")
     figures: dict[str, object] = {}
     for batch in BATCH_SIZES:
-        if torch.cuda.mem_get_info(device)[0] < 1.3 * SLOT_SETS * batch * model.config.state_spec.num_bytes:
+        if not _states_fit(model, batch):
             figures[str(batch)] = "states do not fit"
             continue
         figures[str(batch)] = decode_rate(model, batch, make_step)
         print(f"decode {path.stem} {batch}: {figures[str(batch)]}", flush=True)
         torch.cuda.empty_cache()
     return figures
+
+
+def _states_fit(model: RWKV7, batch: int) -> bool:
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return free >= 1.3 * SLOT_SETS * batch * model.config.state_spec.num_bytes
+
+
+def int8_beside_bfloat16(path: Path, device: torch.device) -> dict[str, object]:
+    """Bytes, steps and prompts with weights of either kind, in turn, as ratios; what must hold of int8 bit for bit."""
+    models: dict[str, RWKV7] = {}
+    figures: dict[str, object] = {}
+    for dtype in ("bfloat16", "int8"):
+        before = torch.cuda.memory_allocated(device)
+        models[dtype] = load_model(path, device, dtype)
+        figures[f"weights_gb_{dtype}"] = round((torch.cuda.memory_allocated(device) - before) / 1e9, 3)
+    if not models["int8"].is_int8:
+        raise RuntimeError("the int8 model has no int8 weights: there is nothing to compare")
+    figures["correctness"] = correctness(models["int8"])
+    figures["logits_correlation"] = _correlation(*models.values())
+    for batch in BATCH_SIZES:
+        fits = _states_fit(models["int8"], batch)
+        figures[f"decode_{batch}"] = _in_turn(models, _step_ms, batch) if fits else "states do not fit"
+    for rows, length in PROMPTS:
+        figures[f"prompt_{rows}x{length}"] = _in_turn(models, prompt_ms, rows, length)
+    return figures
+
+
+def _step_ms(model: RWKV7, batch: int) -> float:
+    return decode_rate(model, batch, triton_step, num_pieces=3)["median_ms"]
+
+
+def _in_turn(models: Mapping[str, RWKV7], measure: Callable[..., float], *sizes: int) -> dict[str, float]:
+    """Return the milliseconds of each model, the better of two turns, and how many times faster int8 is."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(2):
+        for name, model in models.items():
+            taken[name].append(measure(model, *sizes))
+            torch.cuda.empty_cache()
+    best = {f"{name}_ms": round(min(of_turns), 4) for name, of_turns in taken.items()}
+    best["int8_over_bfloat16"] = round(best["bfloat16_ms"] / best["int8_ms"], 3)
+    print(f"int8 {measure.__name__} {sizes}: {best}", flush=True)
+    return best
+
+
+def _correlation(*models: RWKV7) -> float:
+    """Return the correlation of two models' logits after a prompt."""
+    logits = []
+    for model in models:
+        torch.manual_seed(0)  # the same prompt
+        logits.append(consume(model, new_pool(model, 2), [0], 64).flatten())
+    return round(float(torch.corrcoef(torch.stack(logits).double())[0, 1]), 6)
 
 
 def decode_rate(
@@ -310,9 +366,9 @@ def decode_rate(
     }
 
 
-def correctness(path: Path, device: torch.device) -> dict[str, bool]:
+def correctness(model: RWKV7) -> dict[str, bool]:
     """What must hold bit for bit on a card: graphs, batch sizes, places, padding, repetition, saved states."""
-    model = load_model(path, device, "bfloat16")
+    device = model.device
     pool = new_pool(model, 66)
     before = pool.wkv.clone(), pool.shift.clone()
     graphs = DecodeGraphs(
@@ -440,13 +496,17 @@ def transformer_by_context(device: torch.device) -> dict[str, dict[str, float]]:
 def prefill(path: Path, device: torch.device) -> Mapping[str, float]:
     """Tokens a second of prompts, logits of the last token only; replayed, because the host's launches take longer."""
     model = load_model(path, device, "bfloat16")
-    pool = new_pool(model, 33)
     figures = {}
     for rows, length in PROMPTS:
-        replay = CudaGraphs().record(lambda r=rows, n=length: _prompts(model, pool, r, n))  # type: ignore[misc]
-        figures[f"{rows} x {length}"] = round(rows * length / seconds(replay, 5), 1)
+        figures[f"{rows} x {length}"] = round(rows * length / prompt_ms(model, rows, length) * 1e3, 1)
         print(f"prefill {rows} x {length}: {figures[f'{rows} x {length}']} tokens a second", flush=True)
     return figures
+
+
+def prompt_ms(model: RWKV7, num_rows: int, length: int) -> float:
+    """Return the milliseconds of so many prompts, replayed."""
+    pool = new_pool(model, num_rows + 1)
+    return 1e3 * seconds(CudaGraphs().record(lambda: _prompts(model, pool, num_rows, length)), 5)
 
 
 def _prompts(model: RWKV7, pool: StatePool, num_rows: int, length: int) -> None:

@@ -6,9 +6,17 @@ The interpreter proves nothing about races, shared memory, the rounding of tenso
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+import kernels
+
+if TYPE_CHECKING:
+    from kernels.rwkv7 import Weights
+    from kernels.triton.fused import FusedRwkv7
 
 HAS_CARD = torch.cuda.is_available()
 
@@ -44,3 +52,26 @@ def ordered_products(monkeypatch: pytest.MonkeyPatch) -> None:
             return interpreter.TensorHandle(total, d.dtype.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `kernels` call these operators on tensors of any device, as the dispatcher lets it on CUDA; none is fused."""
+    operators = pytest.importorskip("kernels.triton.operators")
+    ours = {name: SimpleNamespace(default=getattr(operators, name)) for name in kernels.triton_operators.NAMES}
+    monkeypatch.setattr(kernels, "_ops", SimpleNamespace(relu_squared=kernels._ops.relu_squared, **ours))
+    monkeypatch.setattr(kernels.cpu, "fuse_rwkv7", lambda _: None)
+    monkeypatch.setattr(kernels.triton_operators, "fuse_rwkv7", lambda *_: None)
+
+
+@pytest.fixture
+def fused_on_triton(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `on_triton`, but models are fused, as they are on CUDA; who loads one that cannot be learns it here."""
+    fused = pytest.importorskip("kernels.triton.fused")
+
+    def fuse(weights: Weights, dtype: torch.dtype) -> FusedRwkv7:
+        assert fused.can_fuse(weights, dtype)
+        model: FusedRwkv7 = fused.FusedRwkv7(weights, dtype)
+        return model
+
+    monkeypatch.setattr(kernels.triton_operators, "fuse_rwkv7", fuse)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 linear = pytest.importorskip("kernels.triton.linear", reason="Triton is not installed: pip install sostenuto[cuda]")
+int8 = pytest.importorskip("kernels.triton.int8", reason="Triton is not installed: pip install sostenuto[cuda]")
 
 NUM_ROWS = [1, 2, 15, 16, 17, 33, 64, 65, 128, 256, 257]
+MANY = max(NUM_ROWS)  # so many that a program adds the spans
 
 
 def matrix(random: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,10 +17,8 @@ def matrix(random: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) 
     outputs, K = shape
     weight = torch.randn(outputs, K, generator=random) / K**0.5
     if dtype == torch.int8:
-        packed = linear.pack(weight, int8=True)
-        values = packed[:, :-1].transpose(1, 2).reshape(-1, K)[:outputs]
-        scales = packed[:, -1, :, :4].contiguous().view(torch.float32).reshape(-1, 1)[:outputs]
-        return packed, values.double() * scales.double()
+        quantised, scales = int8.quantise(weight)
+        return linear.pack_int8(weight), quantised.double() * scales.double()[:, None]
     return linear.pack(weight.to(dtype)), weight.to(dtype).double()
 
 
@@ -29,8 +29,12 @@ def test_packing_loses_nothing(random: torch.Generator, shape: tuple[int, int]) 
     assert torch.equal(linear.unpack(linear.pack(weight), shape[0]), weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("shape", [(200, 512), (64, 96), (72, 1024)], ids="{0[0]} x {0[1]}".format)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+SHAPES = [(dtype, shape) for dtype in DTYPES for shape in ((200, 512), (64, 192), (72, 1024))]
+SHAPES += [(dtype, (64, 96)) for dtype in DTYPES if dtype != torch.int8]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), SHAPES, ids=str)
 @pytest.mark.parametrize("num_rows", [3, 40, 300])
 def test_products_equal_float64(
     random: torch.Generator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], num_rows: int
@@ -64,12 +68,12 @@ def test_activations(random: torch.Generator, device: torch.device, activation: 
 
 
 @pytest.mark.usefixtures("ordered_products")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_in_every_batch(random: torch.Generator, device: torch.device, dtype: torch.dtype) -> None:
     """Bitwise, across all buckets, over the border where spans are no longer side by side, from any place in it."""
     weight, _ = matrix(random, (64, 512), dtype)
     assert linear.plan(64, 512, weight.element_size()).split > 1
-    x = torch.randn(max(NUM_ROWS), 512, generator=random).to(torch.float16).to(device)
+    x = torch.randn(MANY, 512, generator=random).to(torch.float16).to(device)
     weight = weight.to(device)
     most = linear.linear(x, weight, 64, dtype=torch.float32)
     for num_rows in NUM_ROWS:
@@ -77,12 +81,52 @@ def test_a_row_is_the_same_in_every_batch(random: torch.Generator, device: torch
     assert torch.equal(linear.linear(x[200:202], weight, 64, dtype=torch.float32), most[200:202])
 
 
-def test_how_a_matrix_is_summed_is_no_matter_of_rows() -> None:
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_spans_that_others_add_are_those_that_a_program_adds(
+    random: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Bitwise, in their order: what the next kernel does with few rows' sums, and the program of many rows itself."""
+    weight, exact = matrix(random, (64, 512), dtype)
+    x = torch.randn(MANY, 512, generator=random).to(torch.bfloat16)
+    (whole,) = linear.linear_sums(x.to(device), weight.to(device), 64)
+    first, *others = linear.linear_sums(x[:5].to(device), weight.to(device), 64)
+    assert others
+    for sums in others:
+        first += sums
+    assert torch.equal(first, whole[:5])
+    torch.testing.assert_close(whole.double().cpu(), x.double() @ exact.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("num_rows", [3, 70])
+def test_wide_rows_are_rounded_to_what_they_are_multiplied_in(
+    random: torch.Generator, device: torch.device, dtype: torch.dtype, num_rows: int
+) -> None:
+    """Beside int8 that is bfloat16. So many float32 rows have no room in a processor's shared memory as they are."""
+    weight = matrix(random, (64, 128), dtype)[0].to(device)
+    x = torch.randn(num_rows, 128, generator=random).to(device)
+    result = linear.linear(x, weight, 64)
+    assert torch.equal(result, linear.linear(x.to(torch.bfloat16), weight, 64, dtype=torch.float32))
+
+
+def test_matrices_that_tiles_do_not_divide_are_refused() -> None:
+    """A tile of int8 weights is at least four times what tensor cores take at once."""
+    with pytest.raises(ValueError, match="in_features must be a multiple of 16, not 40"):
+        linear.plan(64, 40, 2)
+    with pytest.raises(ValueError, match="in_features must be a multiple of 64, not 96"):
+        linear.plan(64, 96, 1)
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_how_a_matrix_is_summed_is_no_matter_of_rows(itemsize: int) -> None:
     """Whatever the tile, it leaves the order of sums alone: only the plan says that, and it knows no rows."""
-    for itemsize in (1, 2, 4):
-        plan = linear.plan(2048, 2048, itemsize)
-        for num_rows in NUM_ROWS:
-            options = linear.tile(num_rows, itemsize, plan.split).options(num_rows, 2048 // plan.split, plan.tile_k)
-            in_flight = options["num_stages"] * options["BLOCK_K"] * (options["BLOCK_O"] + options["BLOCK_T"])
-            assert options["BLOCK_K"] % plan.tile_k == 0
-            assert in_flight * itemsize <= 227 << 10
+    plan = linear.plan(2048, 2048, itemsize)
+    steps = set()
+    for num_rows in NUM_ROWS:
+        options = linear.tile(num_rows, itemsize, plan.split).options(num_rows, 2048 // plan.split, plan.tile_k)
+        steps.add(options["BLOCK_K"])
+        of_step = options["BLOCK_O"] * itemsize + options["BLOCK_T"] * max(itemsize, 2)
+        assert options["BLOCK_K"] % plan.tile_k == 0
+        assert options["num_stages"] * options["BLOCK_K"] * of_step <= 227 << 10
+    assert itemsize != 1 or steps == {plan.tile_k}

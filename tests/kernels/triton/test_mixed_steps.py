@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,25 +22,24 @@ from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.engine.runner.host_graphs import RunAgain
 from tests.kernels.triton.conftest import HAS_CARD
 
-operators = pytest.importorskip(
-    "kernels.triton.operators", reason="Triton is not installed: pip install sostenuto[cuda]"
-)
+pytest.importorskip("triton", reason="Triton is not installed: pip install sostenuto[cuda]")
 
 V = 70
 # Every product is the kernels' own: of ranks that are no multiples of 16, PyTorch's rounding depends on the rows.
 RANKS = {"decay_rank": 16, "rate_rank": 16, "value_rank": 16, "gate_rank": 16}
-NUM_LAYERS, WIDTH, MOST_TOKENS = (3, 256, 512) if HAS_CARD else (1, 32, 48)
-SHAPE = SyntheticShape(num_layers=NUM_LAYERS, width=WIDTH, head_size=16, vocab_size=V, **RANKS)
+NUM_LAYERS, MOST_TOKENS = (3, 512) if HAS_CARD else (1, 48)
+WIDTHS = {"bfloat16": 256 if HAS_CARD else 32, "int8": 256 if HAS_CARD else 64}
 NUM_SLOTS = 12
 
 
-@pytest.fixture
-def model(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> RWKV7:
-    """A small model in bfloat16 on the Triton operators."""
-    ours = {name: SimpleNamespace(default=getattr(operators, name)) for name in kernels.triton_operators.NAMES}
-    monkeypatch.setattr(kernels, "_ops", SimpleNamespace(relu_squared=kernels._ops.relu_squared, **ours))
-    path = save_synthetic(tmp_path / "m.safetensors", SHAPE, seed=3, dtype=torch.bfloat16)
-    return load_model(path, device, "bfloat16")
+def load(dtype: str, directory: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> RWKV7:
+    """Return a small model as a card loads it."""
+    monkeypatch.setattr(kernels, "is_fast_in_bfloat16", lambda _: True)
+    shape = SyntheticShape(num_layers=NUM_LAYERS, width=WIDTHS[dtype], head_size=16, vocab_size=V, **RANKS)
+    path = save_synthetic(directory / "m.safetensors", shape, seed=3, dtype=torch.bfloat16)
+    model = load_model(path, device, dtype)
+    assert model.is_int8 == (dtype == "int8")
+    return model
 
 
 def chunks_of(lengths: dict[int, int], seed: int) -> list[Chunk]:
@@ -74,12 +72,24 @@ def run(model: RWKV7, pool: StatePool, chunks: Sequence[Chunk]) -> list[int]:
 
 
 @pytest.mark.usefixtures("ordered_products")
-@pytest.mark.parametrize("num_padding", [9, 0])
+@pytest.mark.parametrize(
+    ("operators", "dtype", "num_padding"),
+    [("on_triton", "bfloat16", 9), ("on_triton", "bfloat16", 0), ("fused_on_triton", "int8", 9)],
+)
 @torch.inference_mode()
 def test_a_mixed_step_equals_one_that_is_not_recorded(
-    model: RWKV7, device: torch.device, random: torch.Generator, monkeypatch: pytest.MonkeyPatch, num_padding: int
+    operators: str,
+    dtype: str,
+    num_padding: int,
+    tmp_path: Path,
+    device: torch.device,
+    random: torch.Generator,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sampled ids and all states, untouched ones too; then a step that follows it, whose rows it gives their tokens."""
+    request.getfixturevalue(operators)
+    model = load(dtype, tmp_path, device, monkeypatch)
     monkeypatch.setattr(cuda_graphs, "MIXED_TOKENS", (MOST_TOKENS,))
     first = chunks_of({3: MOST_TOKENS - 23 - num_padding, 0: 1, 7: 20, 5: 1, 2: 1}, seed=1)
     new = chunks_of({9: 18, 10: 1}, seed=2)

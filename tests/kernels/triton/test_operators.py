@@ -5,13 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-import kernels
 from engine.models.load import load_model
 from engine.runner.cuda_graphs import can_record
 from engine.runner.input_batch import InputBatch
@@ -21,41 +18,17 @@ from engine.weights.synthetic import SyntheticShape, save_synthetic
 from tests.conftest import ROOT
 from tests.parity.float64_model import reference_run
 
-operators = pytest.importorskip(
-    "kernels.triton.operators", reason="Triton is not installed: pip install sostenuto[cuda]"
-)
-
-fused = pytest.importorskip("kernels.triton.fused", reason="Triton is not installed: pip install sostenuto[cuda]")
-
-if TYPE_CHECKING:
-    from kernels.rwkv7 import Weights
-    from kernels.triton.fused import FusedRwkv7
+pytest.importorskip("triton", reason="Triton is not installed: pip install sostenuto[cuda]")
 
 V = 50
 
 
-@pytest.fixture
-def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `kernels` call these operators on tensors of any device, as the dispatcher lets it on CUDA."""
-    others = kernels._ops
-    ours = {name: SimpleNamespace(default=getattr(operators, name)) for name in kernels.triton_operators.NAMES}
-    monkeypatch.setattr(kernels, "_ops", SimpleNamespace(relu_squared=others.relu_squared, **ours))
-
-
-def fused_or_none(weights: Weights, dtype: torch.dtype) -> FusedRwkv7 | None:
-    """As `kernels.triton.fuse_rwkv7`, on any device."""
-    assert fused.can_fuse(weights, dtype)
-    return fused.FusedRwkv7(weights, dtype)
-
-
-@pytest.mark.usefixtures("_on_triton")
-@pytest.mark.parametrize("is_fused", [False, True], ids=["operator by operator", "fused"])
+@pytest.mark.parametrize("loaded", ["on_triton", "fused_on_triton"])
 def test_a_model_equals_the_formulas(
-    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, is_fused: bool
+    tmp_path: Path, device: torch.device, request: pytest.FixtureRequest, loaded: str
 ) -> None:
     """A prompt, a decode beside a padding row: logits and states against float64, in float32."""
-    monkeypatch.setattr(kernels.cpu, "fuse_rwkv7", lambda _: None)
-    monkeypatch.setattr(kernels.triton_operators, "fuse_rwkv7", fused_or_none if is_fused else lambda *_: None)
+    request.getfixturevalue(loaded)
     shape = SyntheticShape(num_layers=2, width=32, head_size=16, vocab_size=V, value_rank=16, gate_rank=32)
     path = save_synthetic(tmp_path / "m.safetensors", shape, seed=3, dtype=torch.float32)
     token_ids = torch.randint(V, (21,), generator=torch.Generator().manual_seed(1)).tolist()
