@@ -86,7 +86,7 @@ def _may_use_tiles() -> bool:
     """
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     try:
-        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+        return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
     except (OSError, AttributeError):
         return False
 

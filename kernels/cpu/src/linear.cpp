@@ -17,6 +17,7 @@ constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all 
 #else
 constexpr int64_t kBlockBytes = 32 << 10;  // and a tile's part of it in L1, with its rows
 #endif
+constexpr int64_t kActivationBytes = kHasTiles ? 5 << 18 : INT64_MAX;  // of rows that meet all weights together: stay in L2
 constexpr int64_t kRowsPerTask = kHasTiles ? 64 : 48;  // their sums, 12 or 16 KB, stay in L1
 
 // How a format multiplies: a `Word` of weights belongs to one output, a `Step` of activations meets it. `step` adds the
@@ -460,6 +461,29 @@ void quantise(const Rows& x, int64_t row, int64_t width, const Rows& to) {
     *row_scale(to, row, width) = scale;
 }
 
+int64_t bytes_per_row(const Product& product) {
+    const Rows& rows = product.weight.format == SOSTENUTO_INT8 ? product.quantised : product.x;
+    return rows.stride * item_bytes(rows.format);
+}
+
+// Some rows times all weights, panel by panel.
+void multiply_rows(Member& me, const Product* products, const Product* end, int64_t first, int64_t num_rows) {
+    const int64_t row_tasks = (num_rows + kRowsPerTask - 1) / kRowsPerTask;
+    int64_t count = 0;
+    for (const Product* p = products; p < end; ++p) count += panels(p->weight) * row_tasks;
+    me.share(count, [&](int64_t task) {
+        const Product* product = products;
+        while (task >= panels(product->weight) * row_tasks) task -= panels(product++->weight) * row_tasks;
+        const int64_t panel = task / row_tasks, part = task % row_tasks;
+        const int64_t begin = num_rows * part / row_tasks, rows = num_rows * (part + 1) / row_tasks - begin;
+        switch (product->weight.format) {
+            case SOSTENUTO_INT8: return multiply_panel<Int8>(me, *product, panel, first + begin, rows);
+            case SOSTENUTO_BFLOAT16: return multiply_panel<BFloat16>(me, *product, panel, first + begin, rows);
+            default: return multiply_panel<Float32>(me, *product, panel, first + begin, rows);
+        }
+    });
+}
+
 }  // namespace
 
 vec activate(vec x, int32_t activation) {
@@ -498,20 +522,15 @@ void multiply(Member& me, const Product* products, int num_products, int64_t num
                 if (is_int8(*p)) quantise(p->x, row, p->weight.in, p->quantised);
         });
     }
-    const int64_t row_tasks = (num_rows + kRowsPerTask - 1) / kRowsPerTask;
-    int64_t count = 0;
-    for (const Product* p = products; p < end; ++p) count += panels(p->weight) * row_tasks;
-    me.share(count, [&](int64_t task) {
-        const Product* product = products;
-        while (task >= panels(product->weight) * row_tasks) task -= panels(product++->weight) * row_tasks;
-        const int64_t panel = task / row_tasks, part = task % row_tasks;
-        const int64_t begin = num_rows * part / row_tasks, rows = num_rows * (part + 1) / row_tasks - begin;
-        switch (product->weight.format) {
-            case SOSTENUTO_INT8: return multiply_panel<Int8>(me, *product, panel, begin, rows);
-            case SOSTENUTO_BFLOAT16: return multiply_panel<BFloat16>(me, *product, panel, begin, rows);
-            default: return multiply_panel<Float32>(me, *product, panel, begin, rows);
-        }
-    });
+    // Rows that a cache holds at once go through all weights together.
+    int64_t row_bytes = 0;
+    for (const Product* p = products; p < end; ++p) row_bytes = std::max(row_bytes, bytes_per_row(*p));
+    const int64_t most = std::max(kRowsPerTask, kActivationBytes / row_bytes / kRowsPerTask * kRowsPerTask);
+    const int64_t blocks = (num_rows + most - 1) / most;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t begin = num_rows * b / blocks;
+        multiply_rows(me, products, end, begin, num_rows * (b + 1) / blocks - begin);
+    }
     release_tiles();
 }
 
