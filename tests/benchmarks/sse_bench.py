@@ -60,7 +60,7 @@ READY = EngineReady(
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 COMPLETION = {"prompt": "x"}
 PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
-BARE = "/bare"  # what the same server process does at best: see `sse_server`
+BARE, PLAIN = "/bare", "/plain"  # what the same process does at best, and by the usual libraries: see `sse_server`
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Clients:
         self._done: set[int] = set()  # descriptors of streams at their end
         asked = {**PATHS.get(path, {}), "max_tokens": max_tokens, "ignore_eos": True, "stream": True, **fields}
         body = json.dumps(asked).encode()
-        target = f"{path}?{max_tokens}" if path == BARE else path
+        target = path if path in PATHS else f"{path}?{max_tokens}"
         head = f"POST {target} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(body)}\r\n\r\n"
         for _ in range(count):
@@ -210,7 +210,7 @@ class SseBench:
 
     def run(self) -> dict[str, object]:
         """Return chunks per second of CPU time, by endpoint, as medians of interleaved rounds; and under pressure."""
-        rates: dict[str, list[float]] = {path: [] for path in (BARE, *PATHS)}
+        rates: dict[str, list[float]] = {path: [] for path in (BARE, PLAIN, *PATHS)}
         pressed: dict[str, list[Pressed]] = {"paced": [], "at_once": []}
         with tempfile.TemporaryDirectory(prefix="sostenuto-sse-") as name, zmq.Context[zmq.Socket[bytes]]() as context:
             engine = PlayedEngineEnd(context, endpoint := f"ipc://{name}/engine")
@@ -218,7 +218,7 @@ class SseBench:
                 engine.greet()
                 wait_for(port)
                 for number, path in itertools.product(range(self.settings.rounds + 1), rates):
-                    rate = self.bare(pid, port) if path == BARE else self.round(engine, pid, port, path)
+                    rate = self.round(engine, pid, port, path) if path in PATHS else self.alone(pid, port, path)
                     rates[path] += [rate] if number else []  # the first is not counted
                 for name, outcomes in itertools.islice(itertools.cycle(pressed.items()), 2 * self.settings.rounds):
                     seconds_per_step = 1 / self.settings.steps_per_second if name == "paced" else 0.0
@@ -226,17 +226,16 @@ class SseBench:
             engine.close()
         return {
             "sse_chunks_per_second": {path: round(statistics.median(values)) for path, values in rates.items()},
-            "sse_over_bare": {
-                path: round(statistics.median(map(operator.truediv, rates[path], rates[BARE])), 3) for path in PATHS
-            },
+            "sse_over_bare": _ratios(rates, BARE),
+            "sse_over_plain": _ratios(rates, PLAIN),
             "sse_under_pressure": {name: _median(outcomes) for name, outcomes in pressed.items() if outcomes},
         }
 
-    def bare(self, pid: int, port: int) -> float:
-        """Let the bare streams run to their end; returns chunks per CPU second."""
+    def alone(self, pid: int, port: int, path: str) -> float:
+        """Let streams that need no engine run to their end; returns chunks per CPU second."""
         count, num_tokens = self.settings.num_streams, self.settings.num_tokens
         began = cpu_seconds(pid)
-        clients = Clients(port, count, BARE, num_tokens)
+        clients = Clients(port, count, path, num_tokens)
         clients.count_until(0, count)
         clients.close()
         return count * num_tokens / (cpu_seconds(pid) - began)
@@ -299,6 +298,10 @@ class Pressed(NamedTuple):
     cpu_us_per_token: float
     tokens_per_chunk: float
     behind_seconds: float  # from the engine's last word to the last client's
+
+
+def _ratios(rates: dict[str, list[float]], to: str) -> dict[str, float]:
+    return {path: round(statistics.median(map(operator.truediv, rates[path], rates[to])), 3) for path in PATHS}
 
 
 def _median(outcomes: list[Pressed]) -> dict[str, float]:

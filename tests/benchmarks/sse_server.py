@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import uvloop
 import zmq
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.assembly import open_services
@@ -37,10 +40,29 @@ class PlayedEngine:
         """Leave it alone."""
 
 
-class BareStreams:
-    """In front of the server: `/bare` sends as many constant chunks as its query says, each in a trip of the loop.
+class Choice(BaseModel):
+    """A piece of an answer."""
 
-    The least that any server in this language, on this loop and with this protocol, can take for a chunk.
+    index: int
+    text: str
+    finish_reason: str | None = None
+
+
+class Chunk(BaseModel):
+    """What a server whose author wrote no more than the API's schema makes for every token."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+
+
+class BareStreams:
+    """In front of the server: two applications that send as many chunks as a query says, each in a trip of the loop.
+
+    `/bare` sends constants: the least that any server in this language, on this loop and with this protocol, can take
+    for a chunk. `/plain` makes a pydantic model of each and leaves the rest to the library's event source.
     """
 
     CHUNK = (
@@ -52,14 +74,29 @@ class BareStreams:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or scope["path"] != "/bare":
+        path = scope["path"] if scope["type"] == "http" else ""
+        if path == "/bare":
+            await self._bare(int(scope["query_string"]), send)
+        elif path == "/plain":
+            await EventSourceResponse(_plain(int(scope["query_string"])), sep="\n")(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
+
+    async def _bare(self, count: int, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        for _ in range(int(scope["query_string"])):
+        for _ in range(count):
             await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": self.CHUNK, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _plain(count: int) -> AsyncIterator[str]:
+    for _ in range(count):
+        await asyncio.sleep(0)
+        choice = Choice(index=0, text=" word")
+        chunk = Chunk(id="cmpl-0123456789abcdef", object="text_completion", created=0, model="bench", choices=[choice])
+        yield chunk.model_dump_json()
+    yield "[DONE]"
 
 
 async def serve(endpoint: str, port: int, directory: Path) -> None:

@@ -10,7 +10,7 @@ from kernels.cpu.library import Team, load
 from kernels.cpu.operators import Operators
 
 # What the compiler is told instead of `native`: paths that this machine would not take.
-OTHER_TARGETS = ("x86-64-v4", "x86-64-v3", "x86-64")
+OTHER_TARGETS = ("cooperlake", "x86-64-v4", "x86-64-v3", "x86-64")  # the first: bfloat16 and bytes, without tiles
 
 
 @pytest.fixture(
@@ -30,5 +30,5 @@ def operators(request: pytest.FixtureRequest) -> Operators:
 
 def _runs_here(target: str) -> bool:
     capabilities = torch.cpu.get_capabilities()
-    needed = {"x86-64-v4": "avx512_bw", "x86-64-v3": "avx2"}.get(target, "sse4_2")
+    needed = {"cooperlake": "avx512_bf16", "x86-64-v4": "avx512_bw", "x86-64-v3": "avx2"}.get(target, "sse4_2")
     return capabilities.get("architecture") == "x86_64" and bool(capabilities.get(needed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import shutil
 from collections.abc import Iterator
@@ -66,6 +67,20 @@ def test_a_compile_error_shows_the_compilers_words(sources: Path, tmp_path: Path
     with pytest.raises(CompileError, match="error: expected"):
         build(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_tiles_the_system_refuses_are_not_compiled(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who uses tile registers without permission is ended: such a process gets a library of its own, without."""
+    (sources / "tiny.cpp").write_text(f"#ifdef {building.WITHOUT_TILES.removeprefix('-D')}\n{TINY}#endif\n")
+    monkeypatch.setattr(building, "_may_use_tiles", lambda: False)
+    without = ctypes.CDLL(str(build(tmp_path / "cache")))
+    assert without.answer() == 42
+    monkeypatch.setattr(building, "_has_tiles", lambda: True)
+    monkeypatch.setattr(building, "_may_use_tiles", lambda: True)
+    with pytest.raises(AttributeError, match="answer"):
+        _ = ctypes.CDLL(str(build(tmp_path / "cache"))).answer
 
 
 @pytest.mark.usefixtures("_forget_builds")
