@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import threading
 
 import zmq
 
-from engine import tokenizer
+from engine import garbage, tokenizer
 from engine.config import EngineConfig
 from engine.loop import EngineLoop
 from engine.messages import EngineReady, InitialStateRef
@@ -43,8 +42,7 @@ def run_engine(
         endpoint,
         initial_states=initial_states,
     )
-    gc.freeze()  # what was loaded stays: collections need not look at it again
-    gc.enable()
+    garbage.settle()  # what was loaded stays
     loop.run(stop)
 
 

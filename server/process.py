@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
+from socket import socket
 from types import FrameType
 
 import uvicorn
 
+from engine import garbage
 from engine.launch import EngineHost
 from server.app import create_app
 from server.assembly import open_services
@@ -26,7 +27,6 @@ async def run_server(settings: Settings, host: EngineHost) -> int:
     """Serve with an engine of `host` until told to end; returns the exit status."""
     async with open_services(settings, host) as services:
         server = DrainingServer(services)
-        gc.freeze()  # what start-up made stays: the collector need not look at it again
         await server.serve()
         return FORCED if services.drain.is_forced else 0
 
@@ -53,6 +53,11 @@ class DrainingServer(uvicorn.Server):
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket] | None = None) -> None:
+        """Serve until told to end."""
+        garbage.settle()  # what start-up made stays
+        await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the drain at the first signal; give up at the second. The signal itself is dealt with here."""

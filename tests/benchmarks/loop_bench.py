@@ -7,7 +7,6 @@ and a client in another process that reads them. Only the steps themselves are l
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 import zmq
 
+from engine import garbage
 from engine.config import EngineConfig
 from engine.loop import EngineLoop
 from engine.messages import (
@@ -113,7 +113,7 @@ def run(sizes: Sequence[int], num_steps: int) -> dict[str, dict[str, float]]:
         path = save_synthetic(Path(directory) / "model.pth", SHAPE, seed=0, dtype=torch.float32)
         config = EngineConfig(model_path=str(path), max_num_seqs=max(sizes), max_num_batched_tokens=4096)
         runner = FreeRunner(load_model(path, CPU, "float32"), 2 * config.max_num_seqs + 1)
-        gc.freeze()  # as an engine does that has loaded its model
+        garbage.settle()  # as an engine does that has loaded its model
         for keep_state in (False, True):
             for num_rows in sizes:
                 taken = [seconds * 1e6 for seconds in measure(runner, config, num_rows, num_steps, keep_state)]
