@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from engine.tokenizer.tokenizer import Tokenizer
 
@@ -19,8 +19,10 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._begun = b""  # the beginning of a character
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that `token_ids` complete; the beginning of a character waits for its end."""
+        if len(token_ids) == 1 and not self._begun and (whole := self._tokenizer.whole_text(token_ids[0])) is not None:
+            return whole
         data = self._begun + b"".join(map(self._tokenizer.token_bytes, token_ids))
         text, num_decoded = codecs.utf_8_decode(data, "replace", False)
         self._begun = data[num_decoded:]

@@ -39,6 +39,7 @@ class Tokenizer(ABC):
         self.eos_token = eos_token  # how end of text is written where it must be written; see encode_special
         self.eos_token_ids = eos_token_ids
         self._tokens = (*tokens, *[b""] * (vocab_size - len(tokens)))
+        self._whole_texts: dict[int, str | None] = {}  # of tokens that were asked for
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -69,6 +70,17 @@ class Tokenizer(ABC):
             raise IndexError(f"negative token id {token_id}")
         return self._tokens[token_id]
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Return what the token adds to a text that ends with a whole character, or None if it is not whole characters.
+
+        Raises `IndexError` outside `[0, vocab_size)`.
+        """
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text = self._whole_texts[token_id] = _decoded(self.token_bytes(token_id))
+            return text
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of a whole sequence of ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
@@ -84,10 +96,8 @@ class Tokenizer(ABC):
         data = self.token_bytes(token_id)
         if not data or token_id in self._repeated_ids:
             return f"id:{token_id}"
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = self.whole_text(token_id)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if text is None else text
 
     @cached_property
     def forbidden_ids(self) -> tuple[int, ...]:
@@ -100,3 +110,10 @@ class Tokenizer(ABC):
         for i, data in enumerate(self._tokens):
             first_ids.setdefault(data, i)
         return frozenset(i for i, data in enumerate(self._tokens) if first_ids[data] != i)
+
+
+def _decoded(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
