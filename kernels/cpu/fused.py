@@ -16,6 +16,8 @@ from kernels.cpu.operators import Operators, as_matrix, is_packed_here
 if TYPE_CHECKING:
     from kernels.rwkv7 import Layer, Norm, Weights
 
+_ALIGNMENT = 64
+
 
 class FusedRwkv7:
     """Implements `kernels.rwkv7.Rwkv7`.
@@ -85,15 +87,17 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._bytes = bytearray(4)
+        self._bytes = bytearray(1)
 
     def take(self, rows: int, columns: int) -> torch.Tensor:
-        """Return a float32 tensor of this shape, its contents undefined."""
-        count = rows * columns
+        """Return a float32 tensor of this shape, 64-byte aligned, its contents undefined."""
+        num_bytes = 4 * rows * columns
         # Two references: ours and the argument's. A tensor is a third for as long as its storage lives.
-        if len(self._bytes) < 4 * count or sys.getrefcount(self._bytes) > 2:
-            self._bytes = bytearray(4 * count)
-        return torch.frombuffer(self._bytes, dtype=torch.float32)[:count].view(rows, columns)
+        if len(self._bytes) < num_bytes + _ALIGNMENT or sys.getrefcount(self._bytes) > 2:
+            self._bytes = bytearray(num_bytes + _ALIGNMENT)
+        memory = torch.frombuffer(self._bytes, dtype=torch.uint8)
+        begin = -memory.data_ptr() % _ALIGNMENT
+        return memory[begin : begin + num_bytes].view(torch.float32).view(rows, columns)
 
 
 def can_fuse(operators: Operators, weights: Weights) -> bool:

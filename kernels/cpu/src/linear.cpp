@@ -17,7 +17,7 @@ constexpr int64_t kBlockBytes = 96 << 10;  // of weights, worked through by all 
 #else
 constexpr int64_t kBlockBytes = 32 << 10;  // and a tile's part of it in L1, with its rows
 #endif
-constexpr int64_t kActivationBytes = kHasTiles ? 5 << 18 : INT64_MAX;  // of rows that meet all weights together: stay in L2
+constexpr int64_t kActivationBytes = kHasTiles ? 5 << 18 : INT64_MAX;  // of rows that meet all weights: stay in L2
 constexpr int64_t kRowsPerTask = kHasTiles ? 64 : 48;  // their sums, 12 or 16 KB, stay in L1
 
 // How a format multiplies: a `Word` of weights belongs to one output, a `Step` of activations meets it. `step` adds the
@@ -248,7 +248,8 @@ Tile<F> choose_tile(int64_t rows, int64_t vectors) {
 
 // Where int8 weights keep the scale and the sum of each output's weights, and quantised rows theirs.
 const float* output_scales(const Matrix& m) {
-    return reinterpret_cast<const float*>(static_cast<const int8_t*>(m.data) + round_up(m.out, W) * round_up(m.in, grain(SOSTENUTO_INT8)));
+    const int64_t weights = round_up(m.out, W) * round_up(m.in, grain(SOSTENUTO_INT8));
+    return reinterpret_cast<const float*>(static_cast<const int8_t*>(m.data) + weights);
 }
 const int32_t* output_sums(const Matrix& m) {
     return reinterpret_cast<const int32_t*>(output_scales(m) + round_up(m.out, W));
@@ -277,21 +278,39 @@ vec result<Int8>(const Sums<Int8>& sums, int64_t r, int64_t c, const Product& pr
     return fma(to_float(high), broadcast(256.0f), to_float(low)) * scale;
 }
 
+// Calls `write(row, output, result, n)` for every vector of results, of which the first n are outputs.
+template <typename F, typename Write>
+void for_results(const Sums<F>& sums, int64_t first_row, int64_t num_rows, int64_t first, int64_t width,
+                 const Product& product, Write write) {
+    for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t c = 0; c < width; c += W)
+            write(first_row + r, first + c, result<F>(sums, r, c, product, first_row + r, first + c),
+                  std::min<int64_t>(W, width - c));
+}
+
 template <typename F>
 void finish(const Sums<F>& sums, int64_t first_row, int64_t num_rows, int64_t first, int64_t width,
             const Product& product) {
-    const Output& y = product.y;
-    for (int64_t r = 0; r < num_rows; ++r) {
-        const int64_t row = first_row + r;
-        for (int64_t c = 0; c < width; c += W) {
-            const int64_t n = std::min<int64_t>(W, width - c);
-            vec value = result<F>(sums, r, c, product, row, first + c);
-            if (y.bias != nullptr) value = value + load_first(y.bias + first + c, n);
-            value = activate(value, y.activation);
-            if (y.add) value = value + get(y.rows, row, first + c, n);
-            put(y.rows, row, first + c, value, n);
-        }
+    const Output y = product.y;  // a copy: what is written can not change it
+    const auto with = [&](auto write) { for_results<F>(sums, first_row, num_rows, first, width, product, write); };
+    const bool is_plain = y.bias == nullptr && y.activation == SOSTENUTO_NONE;
+    if (y.streams && is_plain && width % W == 0) {
+        return with([&](int64_t row, int64_t o, vec value, int64_t) {
+            stream(static_cast<float*>(y.rows.data) + row * y.rows.stride + o, value);
+        });
     }
+    if (is_plain && y.add) {
+        return with([&](int64_t row, int64_t o, vec value, int64_t n) {
+            put(y.rows, row, o, value + get(y.rows, row, o, n), n);
+        });
+    }
+    if (is_plain) return with([&](int64_t row, int64_t o, vec value, int64_t n) { put(y.rows, row, o, value, n); });
+    with([&](int64_t row, int64_t o, vec value, int64_t n) {
+        if (y.bias != nullptr) value = value + load_first(y.bias + o, n);
+        value = activate(value, y.activation);
+        if (y.add) value = value + get(y.rows, row, o, n);
+        put(y.rows, row, o, value, n);
+    });
 }
 
 // Where in the next block the part begins that a tile, one in turn of so many, fetches: whole lines a step, or any part.
@@ -376,7 +395,8 @@ void add_panel_in_tiles(const Activations& x, const Panel& panel, const Sums<F>&
     const int64_t part = panel.steps * panel.step_bytes() / groups;
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t begin = num_rows * g / groups, count = num_rows * (g + 1) / groups - begin;
-        const TileRows rows{x.data + begin * stride, stride, count, reinterpret_cast<char*>(sums.data) + begin * sums_stride, sums_stride};
+        char* to = reinterpret_cast<char*>(sums.data) + begin * sums_stride;
+        const TileRows rows{x.data + begin * stride, stride, count, to, sums_stride};
         multiply_tiles<F::planes == 2>(rows, tiles, {panel.end() + g * part, part});
     }
 }
@@ -532,6 +552,7 @@ void multiply(Member& me, const Product* products, int num_products, int64_t num
         multiply_rows(me, products, end, begin, num_rows * (b + 1) / blocks - begin);
     }
     release_tiles();
+    finish_stream();
 }
 
 }  // namespace sostenuto

@@ -29,6 +29,7 @@ struct Output {
     const float* bias = nullptr;
     int32_t activation = SOSTENUTO_NONE;
     bool add = false;
+    bool streams = false;  // past the caches: float32, aligned to lines, and more than they hold
 };
 
 // x has the weights' format, padded with zeros to a whole step; or any format if the weights are int8.

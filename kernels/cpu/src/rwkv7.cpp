@@ -12,6 +12,13 @@ namespace sostenuto {
 
 namespace {
 
+// Logits of many rows are more than a cache holds, and rows of a vocabulary lie where its lines displace each other.
+constexpr int64_t kStreamedLogits = 2 << 20;
+
+bool is_in_lines(const Rows& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % kLine == 0 && rows.stride * item_bytes(rows.format) % kLine == 0;
+}
+
 // Products read whole steps: what lies beyond a row's width must be finite, for its weights are zero. Only rows of odd
 // width have such a place, and it keeps whatever it is given here, or what a wider layer left.
 void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
@@ -141,7 +148,9 @@ void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_ro
         layer_norm(hidden, row, model.width, model.ln_out, normal, row);
         zero_padding(normal, row, model.width);
     });
-    const Product product{normal, model.head, {logits}, quantised};
+    Output to{logits};
+    to.streams = num_rows * model.vocab_size >= kStreamedLogits && is_in_lines(logits);
+    const Product product{normal, model.head, to, quantised};
     multiply(me, &product, 1, num_rows);
 }
 

@@ -131,6 +131,23 @@ static inline void store_first(float* p, vec v, int64_t n) {
 #endif
 }
 
+// Goes to memory past the caches; `p` is aligned to vectors. `finish_stream` before others look.
+static inline void stream(float* p, vec v) {
+#if defined(SOSTENUTO_AVX512)
+    _mm512_stream_ps(p, v);
+#elif defined(SOSTENUTO_AVX2)
+    _mm256_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
+
+static inline void finish_stream() {
+#if defined(SOSTENUTO_AVX512) || defined(SOSTENUTO_AVX2)
+    _mm_sfence();
+#endif
+}
+
 static inline void store4(float* p, vec v) { memcpy(p, &v, 4 * sizeof(float)); }
 
 // The first n lanes of v, zero in the others.

@@ -186,3 +186,17 @@ def test_logits_keep_their_bytes_while_they_or_a_view_of_them_are_held() -> None
     assert logits(hidden[1]).data_ptr() == address
     assert logits(hidden[1]).data_ptr() == address
     assert logits(hidden[0, :0]).shape == (0, V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [128, 120])
+def test_logits_of_many_rows_are_those_of_few(dtype: torch.dtype, vocab_size: int) -> None:
+    """Whether they go to memory past the caches or, where rows do not fill lines, through them."""
+    random = torch.Generator().manual_seed(1)
+    embedding, head = torch.randn(2, vocab_size, C, generator=random)
+    weights = replace(Model(dtype).weights, embedding=embedding.to(dtype), head=Linear(head.to(dtype)))
+    fused = cpu.fuse_rwkv7(weights)
+    assert fused is not None
+    hidden = torch.randn((2 << 20) // vocab_size + 1, C, generator=random)
+    few = [fused.logits(rows).clone() for rows in hidden.split(2000)]
+    assert fused.logits(hidden).equal(torch.cat(few))
