@@ -14,7 +14,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str  # .pth, .safetensors, or a directory that holds one
     tokenizer: str = "auto"  # auto | bytes | world | path to a tokenizer.json
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8: of the weights; states are float32
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8: of the weights
+    state_dtype: str = "float32"  # float32 | float16: of the states' matrices
     head_norm_eps: float | None = None  # None: 1e-5 x head size, as in the official models
     max_num_seqs: int = 64  # sequences that run at once
     max_num_batched_tokens: int = 512  # tokens consumed by one step, decodes included

@@ -218,6 +218,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     state_bytes: int
     device: str
     dtype: str
+    state_dtype: str = "float32"
     max_num_seqs: int
     max_num_batched_tokens: int
     initial_states: tuple[InitialStateRef, ...] = ()  # what histories may begin from, by name

@@ -61,6 +61,7 @@ def describe(
         state_bytes=runner.spec.num_bytes,
         device=str(model.device),
         dtype="int8" if model.is_int8 else str(model.dtype).removeprefix("torch."),
+        state_dtype=config.state_dtype,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         initial_states=initial_states,

@@ -163,26 +163,28 @@ def _scan(state: torch.Tensor, slots: torch.Tensor, starts: torch.Tensor, inputs
     T, H, _, N = inputs.shape
     y = inputs.new_empty(T, H, N)
     for rows, first, lengths in _tiles(state, slots, starts, T):
-        S = state.index_select(0, slots[rows]).view(-1, N, N)
+        S = state.index_select(0, slots[rows]).float().view(-1, N, N)
         running = len(lengths)
         for t in range(lengths[0]):
             while lengths[running - 1] <= t:
                 running -= 1
             tokens = first[:running] + t
             now = inputs.index_select(0, tokens).view(-1, 6, N)
-            y.index_copy_(0, tokens, _advance(S[: running * H], now).view(running, H, N))
-        state.index_copy_(0, slots[rows], S.view(-1, H, N, N))
+            y.index_copy_(0, tokens, _advance(S[: running * H], now, state.dtype).view(running, H, N))
+        state.index_copy_(0, slots[rows], S.view(-1, H, N, N).to(state.dtype))
     return y
 
 
-def _advance(S: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+def _advance(S: torch.Tensor, now: torch.Tensor, kept_as: torch.dtype) -> torch.Tensor:
     """One token for a stack of states: `S <- S diag(w) - (S kk)(kk a)^T + v k^T` in place; returns `S r`.
 
-    `S` is `[M, N(value), N(key)]`, `now` is `[M, 6, N]` as in `_scan`.
+    `S` is `[M, N(value), N(key)]` float32 and becomes what `kept_as` can hold; `now` is `[M, 6, N]` as in `_scan`.
     """
     kk, w, r, v = now[:, 0], now[:, 1], now[:, 2], now[:, 5]
     removed_and_added = torch.stack([_matvec(S, kk), v], dim=2)
     S.mul_(w[:, None, :]).baddbmm_(removed_and_added, now[:, 3:5])
+    if kept_as != S.dtype:
+        S.copy_(S.to(kept_as))
     return _matvec(S, r)
 
 

@@ -171,6 +171,7 @@ class EngineMetrics:
                 "generation": ready.generation,
                 "device": ready.device,
                 "dtype": ready.dtype,
+                "state_dtype": ready.state_dtype,
                 "version": version,
             }
         )

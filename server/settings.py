@@ -49,8 +49,9 @@ class Settings(BaseSettings):
         "auto", description="chat template by name, or auto: what the model's sostenuto.json says, else world"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="of the weights; states are always float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field("auto", description="of the weights")
+    state_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of the states' matrices; float16 halves a state, and rounds it after every token"
     )
     head_norm_eps: PositiveFloat | None = Field(
         None, description="epsilon of the heads' group norm; default: 1e-5 x head size"
@@ -226,6 +227,7 @@ class Settings(BaseSettings):
             tokenizer=self.tokenizer,
             device=self.device,
             dtype=self.dtype,
+            state_dtype=self.state_dtype,
             head_norm_eps=self.head_norm_eps,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -26,14 +26,18 @@ class ModelConfig:
 
     @property
     def state_spec(self) -> StateSpec:
-        """The state this model reads and writes: float32, matrices `[value, key]`."""
+        """The state this model reads and writes, all of it float32."""
+        return self.state_spec_in(torch.float32)
+
+    def state_spec_in(self, dtype: torch.dtype) -> StateSpec:
+        """Return the state with its matrices `[value, key]` in `dtype`, float32 or float16; the rest is float32."""
         L, C, H, N = self.num_layers, self.width, self.num_heads, self.head_size
         return StateSpec(
             fingerprint=self.fingerprint,
             generation=self.generation,
             layout="value_key",
             tensors=(
-                TensorSpec("wkv", (L, H, N, N), torch.float32),
+                TensorSpec("wkv", (L, H, N, N), dtype),
                 TensorSpec("shift", (L, 2, C), torch.float32),  # 0: before time mixing, 1: before channel mixing
             ),
         )

@@ -11,6 +11,7 @@ from engine.models.rwkv7 import RWKV7
 from engine.runner.cuda_graphs import MAX_STOP_IDS, CudaGraphs, DecodeGraphs, DecodeLaunch, DecodeRow, triton_step
 from engine.runner.model_runner import BROKEN, TorchModelRunner
 from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
+from engine.state.spec import StateSpec
 
 _GREEDY = SamplingParams(seed=0, temperature=0.0)  # of rows whose token nobody asked for
 
@@ -23,9 +24,14 @@ class GraphModelRunner(TorchModelRunner):
     """
 
     def __init__(
-        self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = (), max_num_tokens: int = 512
+        self,
+        model: RWKV7,
+        num_slots: int,
+        forbidden_ids: Sequence[int] = (),
+        max_num_tokens: int = 512,
+        state_spec: StateSpec | None = None,
     ) -> None:
-        super().__init__(model, num_slots, forbidden_ids)
+        super().__init__(model, num_slots, forbidden_ids, state_spec)
         self._graphs = self._record(max(1, (num_slots - 1) // 2), max_num_tokens)
         self._last: GraphLaunch | None = None
 

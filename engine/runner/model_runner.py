@@ -16,7 +16,7 @@ import kernels
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
-from engine.models.load import load_model
+from engine.models.load import DTYPES, load_model
 from engine.models.rwkv7 import RWKV7
 from engine.runner.grammars import Allowed
 from engine.runner.input_batch import InputBatch, targets_of
@@ -25,7 +25,7 @@ from engine.runner.penalties import PenaltyCounters
 from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
 from engine.runner.sampler import restrict, sample, truncate
 from engine.state.pool import StatePool
-from engine.state.spec import RecurrentState
+from engine.state.spec import RecurrentState, StateSpec
 from engine.weights.open import find_weights_file
 
 # Prompt log-probabilities are reduced in tiles of rows whose logits take about so much: never T x V.
@@ -74,6 +74,7 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     elif config.num_threads:
         torch.set_num_threads(config.num_threads)
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
+    state_spec = model.config.state_spec_in(DTYPES[config.state_dtype])
     num_slots = 2 * config.max_num_seqs + 1
     if device.type == "cuda" and backend != kernels.PYTORCH:
         from engine.runner.cuda_graphs import can_record
@@ -82,8 +83,10 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
         if device.index is not None:
             torch.cuda.set_device(device)  # Triton launches on the thread's current one
         if can_record(model.config):
-            return GraphModelRunner(model, num_slots, forbidden_ids(model), config.max_num_batched_tokens)
-    return TorchModelRunner(model, num_slots, forbidden_ids(model))
+            return GraphModelRunner(
+                model, num_slots, forbidden_ids(model), config.max_num_batched_tokens, state_spec=state_spec
+            )
+    return TorchModelRunner(model, num_slots, forbidden_ids(model), state_spec)
 
 
 class TorchModelRunner:
@@ -93,9 +96,11 @@ class TorchModelRunner:
     is not run, a chunk whose row became NaN or infinite is reported, and neither touches its neighbours.
     """
 
-    def __init__(self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: RWKV7, num_slots: int, forbidden_ids: Sequence[int] = (), state_spec: StateSpec | None = None
+    ) -> None:
         self.model = model
-        self.spec = model.config.state_spec
+        self.spec = state_spec or model.config.state_spec
         self.num_slots = num_slots
         self.vocab_size = model.config.vocab_size
         self.pool = StatePool(self.spec, num_slots, model.device)

@@ -598,10 +598,14 @@ class Scheduler:
 
 
 def _piece(num_tokens: int, budget: int) -> int:
-    """Return how many of so many tokens to consume now: if not all, a multiple of what an operator does at once."""
+    """Return how many of so many tokens to consume now: if not all, a multiple of what an operator does at once.
+
+    A last token is not left alone where that can be helped: lone tokens are the operators' other way.
+    """
     if num_tokens <= budget:
         return num_tokens
-    return budget - budget % CHUNK_LEN or budget
+    piece = budget - budget % CHUNK_LEN or budget
+    return piece - CHUNK_LEN if num_tokens - piece == 1 and piece > CHUNK_LEN else piece
 
 
 def _refused(request: GenerationRequest, refusal: EngineError) -> SequenceFailed:

@@ -41,22 +41,30 @@ def load_initial_states(directory: str | Path, spec: StateSpec) -> dict[InitialS
             raise ModelFileError(str(path), [f"another file of this directory is named {path.stem}, too"])
         names.add(path.stem)
         tensors = _state_tensors(path, spec)
-        ref = InitialStateRef(path.stem, fingerprint(tensors))
-        states[ref] = RecurrentState(0, root_digest(initial_state=ref.fingerprint), tensors)
+        ref = InitialStateRef(path.stem, fingerprint(tensors))  # of what was tuned, however it is kept
+        states[ref] = RecurrentState(0, root_digest(initial_state=ref.fingerprint), _kept(path, tensors, spec))
     return states
 
 
 def _state_tensors(path: Path, spec: StateSpec) -> dict[str, torch.Tensor]:
-    """Return the file's states as a state of the model: `wkv` as tuned, everything else zero."""
+    """Return the file's states as a state of the model in float32: `wkv` as tuned, everything else zero."""
     found = open_weights(path)
     shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
     num_layers, *shape = shapes["wkv"]
     expected = [f"blocks.{layer}.att.time_state" for layer in range(num_layers)]
     if problems := _problems(found, expected, shape):
         raise ModelFileError(str(path), ["it is no initial state of the served model", *problems])
-    tensors = {tensor.name: torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in spec.tensors}
+    tensors = {tensor.name: torch.zeros(tensor.shape) for tensor in spec.tensors}
     tensors["wkv"] = torch.stack([found[name].float() for name in expected])
     return tensors
+
+
+def _kept(path: Path, tensors: Mapping[str, torch.Tensor], spec: StateSpec) -> dict[str, torch.Tensor]:
+    """Return `tensors` in the dtypes of `spec`."""
+    kept = {tensor.name: tensors[tensor.name].to(tensor.dtype) for tensor in spec.tensors}
+    if not all(bool(tensor.isfinite().all()) for tensor in kept.values()):
+        raise ModelFileError(str(path), ["it holds numbers too large for state_dtype float16: serve it with float32"])
+    return kept
 
 
 def _problems(found: Mapping[str, torch.Tensor], expected: list[str], shape: list[int]) -> list[str]:

@@ -7,6 +7,8 @@ import torch
 from engine.state.spec import RecurrentState, StateSpec
 from engine.state.transfers import Transfers, transfers_of
 
+_ALIGNMENT = 4  # bytes: of a tensor of float32 behind one of float16
+
 
 class StatePool:
     """States on a device, slot-major: one state is one contiguous row, so saving one is one copy.
@@ -18,13 +20,13 @@ class StatePool:
     def __init__(
         self, spec: StateSpec, num_slots: int, device: torch.device, transfers: Transfers | None = None
     ) -> None:
-        if any(tensor.dtype != torch.float32 for tensor in spec.tensors):
-            raise ValueError("the pool keeps float32 states")
+        if any(tensor.num_bytes % _ALIGNMENT for tensor in spec.tensors):
+            raise ValueError(f"the pool keeps tensors of whole {_ALIGNMENT} bytes, side by side")
         self.spec = spec
         self._transfers = transfers or transfers_of(device)
         self.num_slots = num_slots
         self.scratch_slot = num_slots - 1
-        self._data = torch.zeros(num_slots, spec.num_bytes // 4, device=device)  # [S, P]
+        self._data = torch.zeros(num_slots, spec.num_bytes, dtype=torch.uint8, device=device)  # [S, P]
         views = split_state(self._data, spec)
         self.wkv = views["wkv"]  # [S, L, H, N(value), N(key)]
         self.shift = views["shift"]  # [S, L, 2, C]; 0: before time mixing, 1: before channel mixing
@@ -54,7 +56,9 @@ class StatePool:
 
 
 def split_state(data: torch.Tensor, spec: StateSpec) -> dict[str, torch.Tensor]:
-    """Return views `[..., *shape]` of `data[..., P]`, in the order of the spec's tensors."""
-    sizes = [torch.Size(tensor.shape).numel() for tensor in spec.tensors]
-    parts = torch.split(data, sizes, dim=-1)
-    return {t.name: part.view(*part.shape[:-1], *t.shape) for t, part in zip(spec.tensors, parts, strict=True)}
+    """Return views `[..., *shape]` of the bytes `data[..., P]`, in the order of the spec's tensors."""
+    parts = torch.split(data, [tensor.num_bytes for tensor in spec.tensors], dim=-1)
+    return {
+        tensor.name: part.view(tensor.dtype).view(*part.shape[:-1], *tensor.shape)
+        for tensor, part in zip(spec.tensors, parts, strict=True)
+    }

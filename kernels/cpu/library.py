@@ -13,6 +13,7 @@ import torch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 WEIGHT_FORMATS = FORMATS | {torch.int8: 2}
+STATE_FORMATS = {torch.float32: 0, torch.float16: 3}
 ACTIVATIONS = {"none": 0, "tanh": 1, "sigmoid": 2, "relu_squared": 3}
 
 
@@ -55,7 +56,13 @@ class Norm(Structure):
 class States(Structure):
     """States of one kind in the pool."""
 
-    _fields_ = [("data", c_void_p), ("num_slots", c_int64), ("slot_stride", c_int64), ("layer_stride", c_int64)]
+    _fields_ = [
+        ("data", c_void_p),
+        ("num_slots", c_int64),
+        ("slot_stride", c_int64),
+        ("layer_stride", c_int64),
+        ("format", c_int32),
+    ]
 
 
 class Wkv7Parameters(Structure):
@@ -255,7 +262,7 @@ def norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:
 
 
 def states(view: torch.Tensor, layers: bool = False) -> States:
-    """Return a view `[S, ...]` of the float32 pool, or `[S, L, ...]` with `layers`, contiguous inside a slot."""
-    assert view.dtype == torch.float32
+    """Return a view `[S, ...]` of the pool, or `[S, L, ...]` with `layers`, contiguous inside a slot."""
     assert view[0].is_contiguous()
-    return States(view.data_ptr(), len(view), view.stride(0), view.stride(1) if layers else 0)
+    strides = view.stride(0), view.stride(1) if layers else 0
+    return States(view.data_ptr(), len(view), *strides, STATE_FORMATS[view.dtype])

@@ -5,7 +5,8 @@ in registers. Longer ones take four more: everything about a chunk that does not
 chunks at once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk after chunk
 (`scan_kernel`); and what follows the read-out (`finish_kernel`). Chunks are counted from a sequence's first token in
 the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same bits however often it is cut. A lone token is the
-same in a batch of lone tokens and beside prompts.
+same in a batch of lone tokens and beside prompts. A float16 state is rounded after a lone token and after a chunk; what
+lies between is float32 always.
 
 Yang, Wang, Shen, Panda, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2024, for
 the chunked form; `kernels.chunked` has the letters used here, and the same with gradients.
@@ -114,8 +115,9 @@ def step_kernel(
         w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(raw_decay))
         removed = tl.sum(S * kk[None, :], axis=1)
         S = S * w[None, :] - removed[:, None] * removal[None, :] + value[:, None] * key[None, :]
-        tl.store(tile, S.to(state.dtype.element_ty))
-        y = tl.sum(S * read[None, :], axis=1)
+        kept = S.to(state.dtype.element_ty)
+        tl.store(tile, kept)
+        y = tl.sum(kept.to(tl.float32) * read[None, :], axis=1)
         y = _finish(y, read, key, value, output_gate, bonus_weight, norm_weight, norm_bias, eps, N, 0)
         tl.store(out + offsets, y.to(out.dtype.element_ty))
     else:
@@ -264,9 +266,13 @@ def prepare_kernel(
 
 @triton.jit
 def _through_chunk(
-    S, carry, added, reads, found, chunk, values, H, N: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Read out a chunk and return the state after it, of the rows `values`; `chunk` counts heads, too."""
+    S, carry, added, reads, found, chunk, values, KEPT_AS: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Read out a chunk and return the state after it, of the rows `values`; `chunk` counts heads, too.
+
+    The state is what KEPT_AS can hold, so that nobody can tell whether the pool had it in between.
+    """
     columns, rows = tl.arange(0, N), tl.arange(0, L)
     whole = (chunk * N + columns)[:, None] * N + columns[None, :]
     part = (chunk * N + values)[:, None] * N + columns[None, :]
@@ -275,7 +281,7 @@ def _through_chunk(
     read = tl.load(reads + (chunk * L + rows)[:, None] * N + columns[None, :])
     at = found + (chunk * L + rows)[:, None] * N + values[None, :]
     tl.store(at, tl.dot(read, tl.trans(S), tl.load(at), input_precision=PRECISION))
-    return tl.dot(S, carried, new, input_precision=PRECISION)
+    return tl.dot(S, carried, new, input_precision=PRECISION).to(KEPT_AS).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -300,12 +306,12 @@ def scan_kernel(
             chunk = first
             while chunk < first + count:
                 at = (chunk * H + head).to(tl.int64)
-                S = _through_chunk(S, carry, added, reads, found, at, values, H, N, L, PRECISION)
+                S = _through_chunk(S, carry, added, reads, found, at, values, state.dtype.element_ty, N, L, PRECISION)
                 chunk += 1
         else:
             for chunk in tl.range(first, first + count, num_stages=STAGES):
                 at = (chunk * H + head).to(tl.int64)
-                S = _through_chunk(S, carry, added, reads, found, at, values, H, N, L, PRECISION)
+                S = _through_chunk(S, carry, added, reads, found, at, values, state.dtype.element_ty, N, L, PRECISION)
         tl.store(tile, S.to(state.dtype.element_ty))
 
 

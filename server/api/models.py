@@ -45,4 +45,5 @@ def _card(model: ServedModel) -> ModelCard:
         vocab_size=model.engine.vocab_size,
         fingerprint=model.engine.fingerprint,
         dtype=model.engine.dtype,
+        state_dtype=model.engine.state_dtype,
     )

@@ -18,6 +18,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     fingerprint: str
     dtype: str
+    state_dtype: str
 
 
 class InitialStateCard(msgspec.Struct, frozen=True, kw_only=True):

@@ -93,3 +93,19 @@ def test_an_unknown_conversation_is_never_a_fresh_start(server: ServerProcess) -
     say(server, LINES[0], "short-lived", 0)
     assert server.http.delete("/v1/conversations/short-lived").status_code == 200
     assert post_turn(server, turn_body(LINES[1], "short-lived", 1)).status_code == 410
+
+
+def test_states_kept_in_another_dtype_are_replayed_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    """A server with float16 states remembers by them, and loads no float32 one: the turn says so, and it is counted."""
+    with ServerProcess(tiny_model, tmp_path / "data", "--state-dtype", "float16") as halves:
+        expected = talk(halves, "uninterrupted")
+    with ServerProcess(tiny_model, tmp_path / "data") as server:
+        for seed, line in enumerate(LINES[:2]):
+            say(server, line, "moved", seed)
+    with ServerProcess(tiny_model, tmp_path / "data", "--state-dtype", "float16") as halves:
+        reply = say(halves, LINES[2], "moved", 2)
+        assert (reply.resume, reply.version) == ("replayed", 3)
+        assert "rwkv_checkpoints_rejected_total 1.0" in halves.http.get("/metrics").text
+        halves.restart()
+        assert say(halves, LINES[3], "moved", 3).resume == "restored"
+        assert [say(halves, line, "again", seed) for seed, line in enumerate(LINES)] == expected

@@ -15,9 +15,9 @@ from engine.state.spec import RecurrentState
 NUM_SLOTS = 10
 
 
-def new_runner(model: RWKV7) -> TorchModelRunner:
+def new_runner(model: RWKV7, state_dtype: torch.dtype = torch.float32) -> TorchModelRunner:
     """Return a runner whose every slot holds rubbish: a slot is only good after `start` or `load`."""
-    runner = TorchModelRunner(model, NUM_SLOTS)
+    runner = TorchModelRunner(model, NUM_SLOTS, state_spec=model.config.state_spec_in(state_dtype))
     runner.pool.wkv.fill_(7.0)
     runner.pool.shift.fill_(-3.0)
     return runner

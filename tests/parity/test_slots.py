@@ -31,13 +31,20 @@ def _row_stable(implementation: str) -> None:
         pytest.skip("PyTorch here lacks oneDNN's row-stable products")
 
 
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32 states", "float16 states"])
+def state_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """What a pool keeps its matrices in: rounded after every token, so that cuts leave no trace either."""
+    dtype: torch.dtype = request.param
+    return dtype
+
+
 LENGTHS = [37, 1, 5, 64, 2, 1, 18]
 
 
-def test_a_batch_equals_single_runs(model: RWKV7) -> None:
+def test_a_batch_equals_single_runs(model: RWKV7, state_dtype: torch.dtype) -> None:
     """Sequences of mixed lengths give the same distributions and states together as alone."""
     prompts = [prompt(length, seed=length) for length in LENGTHS]
-    together, alone = new_runner(model), new_runner(model)
+    together, alone = new_runner(model, state_dtype), new_runner(model, state_dtype)
     slots = [5, 0, 3, 8, 1, 7, 2]
     for slot in slots:
         together.start(slot)
@@ -49,10 +56,10 @@ def test_a_batch_equals_single_runs(model: RWKV7) -> None:
         assert_same_state(state_of(alone, 4), state_of(together, slot))
 
 
-def test_batched_decoding_equals_single_decoding(model: RWKV7) -> None:
+def test_batched_decoding_equals_single_decoding(model: RWKV7, state_dtype: torch.dtype) -> None:
     """One-token steps of eight conversations at once, the everyday case, mix nothing between them."""
     prompts = [prompt(9, seed=100 + n) for n in range(8)]
-    together, alone = new_runner(model), new_runner(model)
+    together, alone = new_runner(model, state_dtype), new_runner(model, state_dtype)
     for slot in range(8):
         together.start(slot)
     outputs = []
@@ -67,11 +74,11 @@ def test_batched_decoding_equals_single_decoding(model: RWKV7) -> None:
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.sets(st.integers(1, 39)))
-def test_any_chunking_equals_the_whole(model: RWKV7, cuts: set[int]) -> None:
+def test_any_chunking_equals_the_whole(model: RWKV7, state_dtype: torch.dtype, cuts: set[int]) -> None:
     """However a prompt is cut, down to single tokens, the last distribution and the state are the same."""
     token_ids = prompt(40, seed=11)
     borders = [0, *sorted(cuts), 40]
-    runner = new_runner(model)
+    runner = new_runner(model, state_dtype)
     runner.start(0)
     runner.start(1)
     whole = consume(runner, 0, token_ids, [40])
@@ -80,10 +87,10 @@ def test_any_chunking_equals_the_whole(model: RWKV7, cuts: set[int]) -> None:
     assert_same_state(state_of(runner, 0), state_of(runner, 1))
 
 
-def test_saved_and_restored_equals_uninterrupted(model: RWKV7) -> None:
+def test_saved_and_restored_equals_uninterrupted(model: RWKV7, state_dtype: torch.dtype) -> None:
     """A state that went through checkpoint bytes into another slot of another runner goes on as if nothing happened."""
     token_ids = prompt(90, seed=12)
-    runner, other = new_runner(model), new_runner(model)
+    runner, other = new_runner(model, state_dtype), new_runner(model, state_dtype)
     runner.start(2)
     consume(runner, 2, token_ids[:50], [50])
     blob = encode_state(runner.save(2, 50, b"c" * 16), runner.spec)
@@ -93,10 +100,10 @@ def test_saved_and_restored_equals_uninterrupted(model: RWKV7) -> None:
     assert_same_state(state_of(runner, 2), state_of(other, 6))
 
 
-def test_a_fork_leaves_its_origin_alone(model: RWKV7) -> None:
+def test_a_fork_leaves_its_origin_alone(model: RWKV7, state_dtype: torch.dtype) -> None:
     """After a copy, what one slot consumes does not touch the other, and both equal runs without the fork."""
     trunk, left, right = prompt(20, seed=13), prompt(7, seed=14), prompt(9, seed=15)
-    runner = new_runner(model)
+    runner = new_runner(model, state_dtype)
     runner.start(0)
     consume(runner, 0, trunk, [20])
     before = state_of(runner, 0)
@@ -109,9 +116,9 @@ def test_a_fork_leaves_its_origin_alone(model: RWKV7) -> None:
         assert consume(runner, slot, token_ids, [len(token_ids)]) == output
 
 
-def test_idle_slots_keep_their_bytes(model: RWKV7) -> None:
+def test_idle_slots_keep_their_bytes(model: RWKV7, state_dtype: torch.dtype) -> None:
     """A step changes the slots it names and no other."""
-    runner = new_runner(model)
+    runner = new_runner(model, state_dtype)
     for slot in (3, 4, 5):
         runner.start(slot)
         consume(runner, slot, prompt(6, seed=slot), [6])
@@ -121,10 +128,10 @@ def test_idle_slots_keep_their_bytes(model: RWKV7) -> None:
         assert_same_state(state, state_of(runner, slot))
 
 
-def test_a_broken_neighbour_changes_nothing(model: RWKV7) -> None:
+def test_a_broken_neighbour_changes_nothing(model: RWKV7, state_dtype: torch.dtype) -> None:
     """A row that is NaN fails alone: the others' distributions and states are those of a step without it."""
     token_ids = prompt(15, seed=21)
-    runner = new_runner(model)
+    runner = new_runner(model, state_dtype)
     for slot in (0, 1, 2):
         runner.start(slot)
     runner.pool.wkv[1].fill_(torch.nan)
@@ -137,9 +144,9 @@ def test_a_broken_neighbour_changes_nothing(model: RWKV7) -> None:
     assert_same_state(state_of(runner, 0), state_of(runner, 2))
 
 
-def test_the_second_token_depends_on_the_first(model: RWKV7) -> None:
+def test_the_second_token_depends_on_the_first(model: RWKV7, state_dtype: torch.dtype) -> None:
     """Information flows between tokens, so equality of chunkings is not the equality of forgetting everything."""
-    runner = new_runner(model)
+    runner = new_runner(model, state_dtype)
     outputs = []
     for slot, first in enumerate((17, 18)):
         runner.start(slot)

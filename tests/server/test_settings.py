@@ -211,6 +211,7 @@ def test_no_setting_comes_or_goes_unnoticed() -> None:
         "requests_per_minute",
         "served_model_name",
         "shutdown_timeout",
+        "state_dtype",
         "state_url",
         "template",
         "tokenizer",

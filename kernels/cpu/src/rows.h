@@ -17,10 +17,24 @@ constexpr int32_t kRounded = 16;  // beside the formats of sostenuto.h
 inline int64_t item_bytes(int32_t format) {
     switch (format) {
         case SOSTENUTO_INT8: return 1;
-        case SOSTENUTO_BFLOAT16: return 2;
+        case SOSTENUTO_BFLOAT16:
+        case SOSTENUTO_FLOAT16: return 2;
         default: return 4;
     }
 }
+
+// The states of one layer.
+struct LayerStates {
+    char* data;
+    int64_t slot_bytes;
+    int32_t format;
+
+    LayerStates(const sostenuto_states& all, int64_t layer)
+        : data(static_cast<char*>(all.data) + layer * all.layer_stride * item_bytes(all.format)),
+          slot_bytes(all.slot_stride * item_bytes(all.format)),
+          format(all.format) {}
+    void* slot(int64_t index) const { return data + index * slot_bytes; }
+};
 
 // The weights of one step of a product, for one output.
 inline int64_t depth(int32_t format) { return format == kRounded ? 2 : 4 / item_bytes(format); }

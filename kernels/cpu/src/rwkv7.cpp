@@ -33,6 +33,10 @@ void clear(Member& me, int64_t num_tokens, const Rwkv7Buffers& to) {
     });
 }
 
+float* shift_of(const Rwkv7Call& call, int64_t index) {
+    return static_cast<float*>(call.shift.data) + index * call.shift.layer_stride;
+}
+
 // x += output(wkv7(projections of the mixes))
 void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
     const sostenuto_rwkv7_layer& layer = call.model.layers[index];
@@ -42,8 +46,8 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
     const bool mixes_value = index > 0;
     const Rows v = mixes_value ? to.v : to.v_first;
 
-    shift_mix(me, call.batch, to.x, width, layer.ln1, call.shift.data + index * call.shift.layer_stride,
-              call.shift.slot_stride, layer.att_mix, 6, to.mixes, to.h);
+    shift_mix(me, call.batch, to.x, width, layer.ln1, shift_of(call, index), call.shift.slot_stride,
+              layer.att_mix, 6, to.mixes, to.h);
 
     // Small products first: what is large fills the end evenly.
     const Product down[] = {
@@ -68,7 +72,7 @@ void time_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
     const Rows absent{};
     const sostenuto_wkv7_rows rows{to.r, to.k, v, to.decay, to.a, to.gate, mixes_value ? to.v_first : absent,
                                    mixes_value ? to.value_mix : absent, to.y};
-    wkv7(me, call.batch, layer.wkv, rows, call.wkv.data + index * call.wkv.layer_stride, call.wkv.slot_stride);
+    wkv7(me, call.batch, layer.wkv, rows, LayerStates(call.wkv, index));
 
     const Product output{to.y, layer.output, {to.x, nullptr, SOSTENUTO_NONE, true}, to.quantised[0]};
     multiply(me, &output, 1, num_tokens);
@@ -80,8 +84,8 @@ void channel_mixing(Member& me, const Rwkv7Call& call, int64_t index) {
     const Rwkv7Buffers& to = call.buffers;
     const Rows& mixed = to.ffn_mix;
     const int64_t width = call.model.width;
-    shift_mix(me, call.batch, to.x, width, layer.ln2,
-              call.shift.data + index * call.shift.layer_stride + width, call.shift.slot_stride, layer.ffn_mix, 1,
+    shift_mix(me, call.batch, to.x, width, layer.ln2, shift_of(call, index) + width,
+              call.shift.slot_stride, layer.ffn_mix, 1,
               &mixed, to.h);
     const Product key{mixed, layer.ffn_key, {to.ffn_hidden, nullptr, SOSTENUTO_RELU_SQUARED}, to.quantised[0]};
     multiply(me, &key, 1, call.batch.num_tokens);

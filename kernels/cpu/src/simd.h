@@ -19,6 +19,9 @@
 namespace sostenuto {
 
 using bf16 = uint16_t;  // the upper half of a float
+struct half {           // IEEE 754 binary16
+    uint16_t bits;
+};
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define SOSTENUTO_AVX512 1
@@ -205,6 +208,85 @@ static inline void store_first(bf16* p, vec v, int64_t n) {
 }
 
 static inline void store(bf16* p, vec v) { store_first(p, v, W); }
+
+// float16, where no instruction converts it: subnormal numbers by what a multiplication or an addition makes of them.
+#if defined(SOSTENUTO_AVX512) || (defined(SOSTENUTO_AVX2) && defined(__F16C__))
+#define SOSTENUTO_F16 1
+#else
+static inline vec from_half_bits(ivec bits) {
+    const ivec magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    const vec scaled = (vec)magnitude * 0x1p112f;
+    return (vec)((ivec)(scaled >= 65536.0f ? (vec)(magnitude | 0x7f800000) : scaled) | sign);
+}
+
+// Nearest, ties to even; what is too large becomes infinite.
+static inline ivec to_half_bits(vec x) {
+    const ivec bits = (ivec)x, magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    const ivec normal = (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const ivec subnormal = (ivec)((vec)magnitude + 0.5f) - 0x3f000000;
+    const ivec finite = magnitude < 113 << 23 ? subnormal : normal;
+    const ivec large = magnitude > 0x7f800000 ? ivec{} + 0x7e00 : ivec{} + 0x7c00;
+    return (magnitude >= 0x477ff000 ? large : finite) | sign;
+}
+#endif
+
+static inline vec load_first(const half* p, int64_t n) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+#else
+#if defined(SOSTENUTO_F16)
+    if (n >= W) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    uint16_t bits[W] = {};
+    for (int i = 0; i < W && i < n; ++i) bits[i] = p[i].bits;
+#if defined(SOSTENUTO_F16)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+#else
+    ivec wide{};
+    for (int i = 0; i < W; ++i) wide[i] = bits[i];
+    return from_half_bits(wide);
+#endif
+#endif
+}
+
+static inline vec load(const half* p) { return load_first(p, W); }
+
+static inline void store_first(half* p, vec v, int64_t n) {
+#if defined(SOSTENUTO_AVX512)
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    uint16_t bits[W];
+#if defined(SOSTENUTO_F16)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bits), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const ivec wide = to_half_bits(v);
+    for (int i = 0; i < W; ++i) bits[i] = static_cast<uint16_t>(wide[i]);
+#endif
+    for (int i = 0; i < W && i < n; ++i) p[i].bits = bits[i];
+#endif
+}
+
+static inline void store(half* p, vec v) { store_first(p, v, W); }
+
+// What is left of v when it is kept as such numbers.
+template <typename Value>
+vec kept_as(vec v);
+
+template <>
+inline vec kept_as<float>(vec v) {
+    return v;
+}
+
+template <>
+inline vec kept_as<half>(vec v) {
+#if defined(SOSTENUTO_AVX512)
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(SOSTENUTO_F16)
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    return from_half_bits(to_half_bits(v));
+#endif
+}
 
 // The sum of all lanes, halves first: one fixed order.
 static inline float sum(vec v) {

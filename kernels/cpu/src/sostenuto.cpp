@@ -135,14 +135,14 @@ void sostenuto_shift_mix(sostenuto_team* team, const sostenuto_batch* batch, con
     const int64_t bytes = batch->num_tokens * width * static_cast<int64_t>(sizeof(float));
     const Rows h{team->arena(bytes), width, SOSTENUTO_FLOAT32};
     team->run([&](Member& me) {
-        shift_mix(me, *batch, *x, width, *norm, shift->data, shift->slot_stride, mix, num_mixes, out, h);
+        shift_mix(me, *batch, *x, width, *norm, static_cast<float*>(shift->data), shift->slot_stride, mix, num_mixes, out, h);
     });
 }
 
 void sostenuto_wkv7(sostenuto_team* team, const sostenuto_batch* batch, const sostenuto_wkv7_parameters* parameters,
                     const sostenuto_wkv7_rows* rows, const sostenuto_states* state) {
     Guard guard(team->lock);
-    team->run([&](Member& me) { wkv7(me, *batch, *parameters, *rows, state->data, state->slot_stride); });
+    team->run([&](Member& me) { wkv7(me, *batch, *parameters, *rows, LayerStates(*state, 0)); });
 }
 
 void sostenuto_relu_squared(sostenuto_team* team, int64_t num_rows, int64_t width, const sostenuto_rows* x,

@@ -20,7 +20,8 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-enum { SOSTENUTO_FLOAT32 = 0, SOSTENUTO_BFLOAT16 = 1, SOSTENUTO_INT8 = 2 }; /* formats; int8: of weights only */
+/* Formats; int8: of weights only, float16: of states only. */
+enum { SOSTENUTO_FLOAT32 = 0, SOSTENUTO_BFLOAT16 = 1, SOSTENUTO_INT8 = 2, SOSTENUTO_FLOAT16 = 3 };
 enum { SOSTENUTO_NONE = 0, SOSTENUTO_TANH = 1, SOSTENUTO_SIGMOID = 2, SOSTENUTO_RELU_SQUARED = 3 }; /* activations */
 
 /* Row-major rows of one format. */
@@ -54,10 +55,12 @@ typedef struct {
     float eps;
 } sostenuto_norm;
 
-/* States of one kind in the pool: float32, contiguous inside a slot. */
+/* States of one kind in the pool: contiguous inside a slot, strides in values. WKV states are float32 or float16,
+   others float32. */
 typedef struct {
-    float* data;
+    void* data;
     int64_t num_slots, slot_stride, layer_stride;
+    int32_t format;
 } sostenuto_states;
 
 /* What the WKV-7 operator takes besides r, k, v and so on. */

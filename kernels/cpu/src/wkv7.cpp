@@ -75,20 +75,20 @@ inline void dot(const vec (&s)[kRows][V], const float* x, vec (&sums)[kRows]) {
 }
 
 // Row `row` on, vector by vector. `whole`: rows fill their vectors, and all kRows exist; others are read as zeros.
-template <int V, bool whole>
-inline void load_rows(const float* state, int64_t row, int64_t size, vec (&s)[kRows][V]) {
+template <int V, bool whole, typename Value>
+inline void load_rows(const Value* state, int64_t row, int64_t size, vec (&s)[kRows][V]) {
     for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < V; ++j) {
-            const float* at = state + (row + i) * size + j * W;
+            const Value* at = state + (row + i) * size + j * W;
             s[i][j] = whole ? load(at) : load_first(at, row + i < size ? size - j * W : 0);
         }
 }
 
-template <int V, bool whole>
-inline void store_rows(float* state, int64_t row, int64_t size, const vec (&s)[kRows][V]) {
+template <int V, bool whole, typename Value>
+inline void store_rows(Value* state, int64_t row, int64_t size, const vec (&s)[kRows][V]) {
     for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < V; ++j) {
-            float* at = state + (row + i) * size + j * W;
+            Value* at = state + (row + i) * size + j * W;
             if (whole) {
                 store(at, s[i][j]);
             } else {
@@ -98,10 +98,12 @@ inline void store_rows(float* state, int64_t row, int64_t size, const vec (&s)[k
 }
 
 // One head's state through `steps` tokens, a few rows after the other. What the state holds under the first token's kk
-// is read for all rows beforehand: that way a decode step, which has no second token, waits for no sum.
-template <int V, bool whole>
-void scan(const Head& head, float* state, int64_t steps) {
+// is read for all rows beforehand: that way a decode step, which has no second token, waits for no sum. Every token
+// leaves what the pool can keep, so that nobody can tell whether the state was there in between.
+template <typename Value, int V, bool whole>
+void scan(const Head& head, void* memory, int64_t steps) {
     constexpr int64_t padded = V * W;
+    Value* state = static_cast<Value*>(memory);
     const int64_t size = whole ? padded : head.size;
     vec s[kRows][V], sums[kRows];
     for (int64_t row = 0; row < size; row += kRows) {
@@ -111,7 +113,8 @@ void scan(const Head& head, float* state, int64_t steps) {
     }
     for (int64_t row = 0; row < size; row += kRows) {
         load_rows<V, whole>(state, row, size, s);
-        for (int line = 0; line < kRows * V * W; line += 16)  // the next head's rows, next in memory
+        constexpr int kValues = kLine / sizeof(Value);
+        for (int line = 0; line < kRows * V * W; line += kValues)  // the next head's rows, next in memory
             __builtin_prefetch(state + size * size + row * size + line, 0, 2);
         vec z[kRows];
         for (int i = 0; i < kRows; ++i) z[i] = broadcast(head.held[row + i]);
@@ -121,7 +124,8 @@ void scan(const Head& head, float* state, int64_t steps) {
                 const vec w = in_register(load(in + kDecay * padded + j * W));
                 const vec b = in_register(load(in + kRemoval * padded + j * W));
                 const vec k = in_register(load(in + kKey * padded + j * W));
-                for (int i = 0; i < kRows; ++i) s[i][j] = fma(broadcast(v[i]), k, fma(z[i], b, s[i][j] * w));
+                for (int i = 0; i < kRows; ++i)
+                    s[i][j] = kept_as<Value>(fma(broadcast(v[i]), k, fma(z[i], b, s[i][j] * w)));
             }
             // What the next step waits for comes before this step's result: their latencies overlap.
             if (t + 1 < steps) {
@@ -135,13 +139,15 @@ void scan(const Head& head, float* state, int64_t steps) {
     }
 }
 
-using Scan = decltype(&scan<1, true>);
+using Scan = decltype(&scan<float, 1, true>);
 
+template <typename Value>
 Scan choose_scan(int64_t size) {
-    constexpr Scan whole[] = {scan<1, true>, scan<2, true>, scan<3, true>, scan<4, true>,
-                              scan<5, true>, scan<6, true>, scan<7, true>, scan<8, true>};
-    constexpr Scan partial[] = {scan<1, false>, scan<2, false>, scan<3, false>, scan<4, false>,
-                                scan<5, false>, scan<6, false>, scan<7, false>, scan<8, false>};
+    constexpr Scan whole[] = {scan<Value, 1, true>, scan<Value, 2, true>, scan<Value, 3, true>, scan<Value, 4, true>,
+                              scan<Value, 5, true>, scan<Value, 6, true>, scan<Value, 7, true>, scan<Value, 8, true>};
+    constexpr Scan partial[] = {scan<Value, 1, false>, scan<Value, 2, false>, scan<Value, 3, false>,
+                                scan<Value, 4, false>, scan<Value, 5, false>, scan<Value, 6, false>,
+                                scan<Value, 7, false>, scan<Value, 8, false>};
     return size % W == 0 ? whole[size / W - 1] : partial[size / W];
 }
 
@@ -166,8 +172,7 @@ void finish(const Head& head, int64_t token, int64_t step) {
     }
 }
 
-void advance(const Head& head, float* state, int64_t begin, int64_t end) {
-    const Scan scan_head = choose_scan(head.size);
+void advance(const Head& head, Scan scan_head, void* state, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += kSteps) {
         const int64_t steps = std::min(kSteps, end - t);
         for (int64_t i = 0; i < steps; ++i) prepare(head, t + i, i);
@@ -179,15 +184,18 @@ void advance(const Head& head, float* state, int64_t begin, int64_t end) {
 }  // namespace
 
 void wkv7(Member& me, const sostenuto_batch& batch, const sostenuto_wkv7_parameters& p, const sostenuto_wkv7_rows& rows,
-          float* state, int64_t slot_stride) {
+          const LayerStates& states) {
     const int64_t H = p.num_heads, N = p.head_size, padded = round_up(N, W);
+    const int64_t head_bytes = N * N * item_bytes(states.format);
+    const Scan scan_head = states.format == SOSTENUTO_FLOAT16 ? choose_scan<half>(N) : choose_scan<float>(N);
     me.share(batch.num_sequences * H, [&](int64_t task) {
         const int64_t b = task / H, h = task % H;
         const int64_t floats = kSteps * (kNumInputs + 1) * padded + padded + kSteps;
         float* memory = static_cast<float*>(me.scratch(floats * sizeof(float)));
         float *y = memory + kSteps * kNumInputs * padded, *held = y + kSteps * padded;
         const Head head{p, rows, N, padded, h * N, memory, y, held, held + padded};
-        advance(head, state + batch.slots[b] * slot_stride + h * N * N, batch.starts[b], batch.starts[b + 1]);
+        char* state = static_cast<char*>(states.slot(batch.slots[b])) + h * head_bytes;
+        advance(head, scan_head, state, batch.starts[b], batch.starts[b + 1]);
     });
 }
 

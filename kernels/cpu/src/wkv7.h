@@ -10,6 +10,6 @@ namespace sostenuto {
 constexpr int64_t kMaxHeadSize = 8 * W;  // a row of a state must fit the registers
 
 void wkv7(Member& me, const sostenuto_batch& batch, const sostenuto_wkv7_parameters& p, const sostenuto_wkv7_rows& rows,
-          float* state, int64_t slot_stride);
+          const LayerStates& states);
 
 }  // namespace sostenuto

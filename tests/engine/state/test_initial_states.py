@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,19 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     torch.save({"blocks.0.att.time_state": Path}, tmp_path / "trap.pth")
     with pytest.raises(ModelFileError, match=r"trap\.pth"):
         load_initial_states(tmp_path, SPEC)
+
+
+def test_a_state_kept_in_float16_is_the_same_state(tmp_path: Path) -> None:
+    """Its name in histories is of what was tuned, however it is kept; what float16 cannot hold is refused."""
+    save_file(tuned(), tmp_path / "bard.safetensors")
+    halves = replace(SPEC, tensors=(replace(SPEC.tensors[0], dtype=torch.float16), SPEC.tensors[1]))
+    ((ref, state),) = load_initial_states(tmp_path, SPEC).items()
+    ((half_ref, half_state),) = load_initial_states(tmp_path, halves).items()
+    assert half_ref == ref
+    assert half_state.chain == state.chain
+    assert half_state.tensors["wkv"].equal(state.tensors["wkv"].half())
+    assert half_state.tensors["shift"].dtype == torch.float32
+    save_file(tuned() | {FIRST: torch.full((3, 4, 4), 1e5)}, tmp_path / "loud.safetensors")
+    assert len(load_initial_states(tmp_path, SPEC)) == 2
+    with pytest.raises(ModelFileError, match=r"loud\.safetensors.*\n?.*too large for state_dtype float16"):
+        load_initial_states(tmp_path, halves)

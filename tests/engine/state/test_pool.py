@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,3 +101,30 @@ def test_a_state_that_does_not_fit_writes_nothing(pool: StatePool, tensors: dict
     with pytest.raises(ValueError, match="not those of this pool"):
         pool.load(1, RecurrentState(0, b"", tensors))
     assert are_equal(contents(pool, 1), before)
+
+
+def test_matrices_may_be_float16() -> None:
+    """Side by side with float32 rows; what is saved is what is loaded, half as large."""
+    spec = replace(SPEC, tensors=(replace(SPEC.tensors[0], dtype=torch.float16), SPEC.tensors[1]))
+    pool = StatePool(spec, 4, CPU)
+    pool.wkv.copy_(torch.randn(pool.wkv.shape, generator=torch.Generator().manual_seed(1)))
+    pool.shift.copy_(torch.randn(pool.shift.shape, generator=torch.Generator().manual_seed(2)))
+    assert (pool.wkv.dtype, pool.shift.dtype) == (torch.float16, torch.float32)
+    expected = contents(pool, 1)
+    state = pool.save(1, 3, b"chain")
+    assert state.num_bytes == spec.num_bytes == 2 * 96 + 4 * 48
+    pool.load(2, state)
+    pool.copy(1, 3)
+    pool.clear(1)
+    assert are_equal(contents(pool, 2), expected)
+    assert are_equal(contents(pool, 3), expected)
+    assert not any(tensor.any() for tensor in contents(pool, 1))
+    with pytest.raises(ValueError, match="not those of this pool"):
+        StatePool(SPEC, 4, CPU).load(2, state)
+
+
+def test_a_tensor_that_would_shift_the_next_one_is_refused() -> None:
+    """Three heads of 3 x 3 float16 numbers end in the middle of a float32 one."""
+    spec = replace(SPEC, tensors=(TensorSpec("wkv", (1, 3, 3, 3), torch.float16), SPEC.tensors[1]))
+    with pytest.raises(ValueError, match="whole 4 bytes"):
+        StatePool(spec, 4, CPU)

@@ -46,7 +46,7 @@ class Late:
 
     def to_host(self, data: torch.Tensor) -> tuple[torch.Tensor, Arrival | None]:
         """Copy the data as it is now, when somebody waits."""
-        staged, host = data.clone(), torch.full_like(data, torch.nan)
+        staged, host = data.clone(), torch.full_like(data, 0xFF)  # as floats: NaN
         return host, LateArrival(lambda: host.copy_(staged))
 
 

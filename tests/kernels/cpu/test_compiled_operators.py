@@ -11,7 +11,7 @@ from kernels import reference
 from kernels.cpu.library import Team
 from kernels.cpu.operators import Operators
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.fixture
@@ -181,7 +181,15 @@ def test_activations_are_within_a_few_units_in_the_last_place(
 class WkvCase:
     """Random inputs of `wkv7` with realistic decays, for any head size."""
 
-    def __init__(self, random: torch.Generator, num_heads: int, head_size: int, num_tokens: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        random: torch.Generator,
+        num_heads: int,
+        head_size: int,
+        num_tokens: int,
+        dtype: torch.dtype,
+        kept_as: torch.dtype = F32,
+    ):
         C = num_heads * head_size
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -202,7 +210,8 @@ class WkvCase:
             normal(C, scale=0.1) + 1.0,
             normal(C, scale=0.1),
         ]
-        self.state = normal(6, 2, num_heads, head_size, head_size)[:, 1]  # strided, as the pool hands it out
+        state = normal(6, 2, num_heads, head_size, head_size).to(kept_as)
+        self.state = state[:, 1]  # strided, as the pool hands it out
 
     def run(self, operators: Operators, slots: list[int], lengths: list[int], first: int = 0) -> torch.Tensor:
         """Run packed sequences that begin at token `first`; advances the state."""
@@ -210,14 +219,23 @@ class WkvCase:
         return operators.wkv7(*rows, *self.parameters, 1e-3, self.state, torch.tensor(slots), starts_of(lengths))
 
 
+@pytest.mark.parametrize(("kept_as", "tolerance"), [(F32, 1e-5), (F16, 2e-2)], ids=["float32 state", "float16 state"])
 @pytest.mark.parametrize(("num_heads", "head_size"), [(2, 64), (3, 8), (2, 32), (1, 100), (2, 27)])
 def test_wkv7_equals_the_formulas(
-    operators: Operators, random: torch.Generator, num_heads: int, head_size: int
+    operators: Operators,
+    random: torch.Generator,
+    num_heads: int,
+    head_size: int,
+    kept_as: torch.dtype,
+    tolerance: float,
 ) -> None:
-    """Results and states of 40 tokens agree with float64, whether or not a head fills its vectors."""
+    """Results and states of 40 tokens agree with float64, whether or not a head fills its vectors.
+
+    A float16 state is rounded after every token, in the formulas too; one that is rounded the other way is 1e-3 off.
+    """
     if head_size > operators.team.max_head_size:
         pytest.skip("left to PyTorch on this target")
-    case = WkvCase(random, num_heads, head_size, 40, F32)
+    case = WkvCase(random, num_heads, head_size, 40, F32, kept_as)
     S, expected = case.state[3].double().clone(), []
     k_k, k_a, r_k, weight, bias = (p.double().view(num_heads, head_size) for p in case.parameters)
     for t in range(40):
@@ -226,22 +244,51 @@ def test_wkv7_equals_the_formulas(
         kk, k = reference.unit_length(k * k_k), k * (1 + (a - 1) * k_a)
         w = torch.exp(-torch.exp(torch.tensor(-0.5, dtype=torch.float64)) * torch.sigmoid(dw))
         y = torch.stack([reference.wkv_head(S[h], r[h], w[h], k[h], v[h], kk[h], a[h]) for h in range(num_heads)])
+        S.copy_(S.to(kept_as))
         y = reference.group_norm(y, weight, bias, 1e-3) + (r * k * r_k).sum(1, keepdim=True) * v
         expected.append((y * gate).flatten())
     operators.team.poison()
     result = case.run(operators, [3], [40])
-    torch.testing.assert_close(result.double(), torch.stack(expected), rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(case.state[3].double(), S, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.double(), torch.stack(expected), rtol=tolerance, atol=2 * tolerance)
+    torch.testing.assert_close(case.state[3].double(), S, rtol=tolerance, atol=tolerance)
+
+
+def test_a_float16_state_holds_every_number_it_can(operators: Operators, random: torch.Generator) -> None:
+    """A token that changes nothing changes no bit of any finite number, subnormal ones included."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(F16).view(16, 64, 64)
+    case = WkvCase(random, 16, 64, 1, F32, F16)
+    case.state[2] = before = torch.where(numbers.isfinite(), numbers, 0.0)
+    for row, value in zip(case.rows, (0.0, 0.0, 0.0, -200.0, 0.0, 0.0, 0.0, 0.0), strict=True):
+        row.fill_(value)
+    case.run(operators, [2], [1])
+    assert torch.equal(case.state[2] + 0.0, before + 0.0)  # -0 may become 0
+
+
+def test_a_float16_state_takes_the_nearest_number(operators: Operators, random: torch.Generator) -> None:
+    """As PyTorch rounds: to even where two are equally near, gradually to zero, infinite beyond the largest."""
+    case = WkvCase(random, 32, 64, 1, F32, F16)
+    exact = torch.rand(32 * 64, generator=random) + 1.0
+    written = (exact * 2.0 ** torch.randint(-28, 17, exact.shape, generator=random)).where(exact > 1.5, -exact)
+    written[:8] = torch.tensor([1.0 + 2**-11, 1.0 + 3 * 2**-11, 65519.9, 65520.0, -1e5, 2**-25, 3 * 2**-25, 2**-24])
+    r, k, v, decay, a, _gate, _v_first, value_mix = case.rows
+    for row, value in ((r, 0.0), (k, 0.0), (decay, -200.0), (a, 1.0), (value_mix, 0.0)):
+        row.fill_(value)
+    k[0, ::64] = 1.0
+    v[0] = written
+    case.state[2] = 0.0
+    case.run(operators, [2], [1])
+    assert torch.equal(case.state[2, :, :, 0].flatten(), written.half())
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kept_as", [F32, F16], ids=["float32 state", "float16 state"])
 @pytest.mark.parametrize("head_size", [64, 27])
 def test_wkv7_does_not_depend_on_batch_cut_or_threads(
-    operators: Operators, random: torch.Generator, dtype: torch.dtype, head_size: int
+    operators: Operators, random: torch.Generator, dtype: torch.dtype, kept_as: torch.dtype, head_size: int
 ) -> None:
     """Sequences together, one by one, token by token, on one thread: results and states have the same bits."""
     lengths, slots = [37, 1, 18], [4, 0, 2]
-    case = WkvCase(random, 3, head_size, sum(lengths), dtype)
+    case = WkvCase(random, 3, head_size, sum(lengths), dtype, kept_as)
     before = case.state.clone()
     together = case.run(operators, slots, lengths)
     after = case.state.clone()

@@ -49,6 +49,20 @@ def test_a_state_may_be_float16(random: torch.Generator, device: torch.device) -
     check(case, [1] * 4, 2e-3)
 
 
+def test_prompts_may_have_float16_states(random: torch.Generator, device: torch.device) -> None:
+    """Rounded after every chunk, so a cut where one ends changes no bit, and nothing is far from float64."""
+    L, end = wkv7.CHUNK_LEN, 2 * wkv7.CHUNK_LEN + 4
+    case = WkvCase(random, end, True, num_heads=1, device=device)
+    case.state = case.state.half()
+    before = case.state.clone()
+    check(case, [end], 4e-3)
+    whole = case.state[SLOTS[0]].clone()
+    case.state.copy_(before)
+    for begin, stop in pairwise([0, L, end]):
+        case.run(wkv7.wkv7, slice(begin, stop), SLOTS[:1], [stop - begin])
+    assert torch.equal(case.state[SLOTS[0]], whole)
+
+
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [3, 1, 17]], ids=["step", "prompts"])
 def test_a_padding_row_touches_nothing(random: torch.Generator, device: torch.device, lengths: list[int]) -> None:
     """A row with slot -1 leaves every state as it is, and its result is zero."""
