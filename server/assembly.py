@@ -85,7 +85,15 @@ async def open_services(settings: Settings, host: EngineHost | None = None) -> A
         stack.push_async_callback(_settle, turns, drain)
         await _in_background(stack, _sweep(turns))
         await _in_background(stack, _probe_loop(metrics.http))
-        logger.info("model loaded", extra={"model": settings.model_name, "device": ready.device, "dtype": ready.dtype})
+        logger.info(
+            "model loaded",
+            extra={
+                "model": settings.model_name,
+                "device": ready.device,
+                "dtype": ready.dtype,
+                "state_dtype": ready.state_dtype,
+            },
+        )
         yield Services(
             settings=settings,
             tenants=tenants,

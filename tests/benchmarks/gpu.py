@@ -1,10 +1,11 @@
 """`make bench-gpu`: what one card does. The last line is one JSON object.
 
-Sections: ceilings of the card; correctness on it; decode by batch size; prompts; int8 weights beside bfloat16 ones, in
-turn; a step and its context, beside a transformer of the size; the service; then, in a process of its own because
-operators cannot be taken back from a device, plain PyTorch captured as ours is. A section that fails says so in the
-result and the others run; each figure is printed when it is known, so that a run that is cut off has said something.
-Kernels are compiled by many processes first. `--sections` chooses: the service is the longest by far.
+Sections: ceilings of the card; correctness on it; decode by batch size; prompts; int8 weights beside bfloat16 ones, and
+float16 states beside float32 ones, in turn; a step and its context, beside a transformer of the size; the service;
+then, in a process of its own because operators cannot be taken back from a device, plain PyTorch captured as ours is. A
+section that fails says so in the result and the others run; each figure is printed when it is known, so that a run that
+is cut off has said something. Kernels are compiled by many processes first. `--sections` chooses: the service is the
+longest by far.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +68,8 @@ PIECE = 2048  # tokens of a prompt consumed at once
 
 COMPILED = (1, 32, 64, 256)  # batch sizes that between them have every variant of a kernel
 SECTIONS = (
-    "ceilings", "correctness", "decode", "prefill", "int8", "context", "context_transformer", "service", "pytorch",
+    "ceilings", "correctness", "decode", "prefill", "int8", "float16_states", "context", "context_transformer",
+    "service", "pytorch",
 )  # fmt: skip
 
 
@@ -109,6 +112,7 @@ def main() -> int:
     section("decode", lambda: {name: decode(paths[name], device, triton_step) for name in options.shapes})
     section("prefill", lambda: prefill(path, device))
     section("int8", lambda: int8_beside_bfloat16(path, device))
+    section("float16_states", lambda: float16_states_beside_float32(load_model(path, device, "bfloat16")))
     section("context", lambda: by_context(path, device))
     section("context_transformer", lambda: transformer_by_context(device))
     with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as directory:
@@ -265,9 +269,9 @@ def _no_samples(device: torch.device) -> torch.Tensor:
     return torch.zeros(1024, dtype=torch.int64, device=device)
 
 
-def new_pool(model: RWKV7, num_slots: int) -> StatePool:
+def new_pool(model: RWKV7, num_slots: int, state_dtype: torch.dtype = torch.float32) -> StatePool:
     """Return a pool with states as after a few tokens: zeros as data run faster."""
-    pool = StatePool(model.config.state_spec, num_slots, model.device)
+    pool = StatePool(model.config.state_spec_in(state_dtype), num_slots, model.device)
     pool.wkv.normal_(std=0.1)
     pool.shift.normal_()
     return pool
@@ -303,47 +307,70 @@ def int8_beside_bfloat16(path: Path, device: torch.device) -> dict[str, object]:
     if not models["int8"].is_int8:
         raise RuntimeError("the int8 model has no int8 weights: there is nothing to compare")
     figures["correctness"] = correctness(models["int8"])
-    figures["logits_correlation"] = _correlation(*models.values())
+    figures["logits_correlation"] = _correlation(*((model, torch.float32) for model in models.values()))
     for batch in BATCH_SIZES:
         fits = _states_fit(models["int8"], batch)
-        figures[f"decode_{batch}"] = _in_turn(models, _step_ms, batch) if fits else "states do not fit"
+        ways = {name: partial(_step_ms, model, batch) for name, model in models.items()}
+        figures[f"decode_{batch}"] = _in_turn(ways) if fits else "states do not fit"
     for rows, length in PROMPTS:
-        figures[f"prompt_{rows}x{length}"] = _in_turn(models, prompt_ms, rows, length)
+        ways = {name: partial(prompt_ms, model, rows, length) for name, model in models.items()}
+        figures[f"prompt_{rows}x{length}"] = _in_turn(ways)
     return figures
 
 
-def _step_ms(model: RWKV7, batch: int) -> float:
-    return decode_rate(model, batch, triton_step, num_pieces=3)["median_ms"]
+def float16_states_beside_float32(model: RWKV7) -> dict[str, object]:
+    """Steps and prompts with states of either kind, in turn, as ratios; what must hold of float16 bit for bit."""
+    dtypes = {"float32": torch.float32, "float16": torch.float16}
+    figures: dict[str, object] = {
+        "correctness": correctness(model, torch.float16),
+        "logits_correlation": _correlation(*((model, dtype) for dtype in dtypes.values())),
+    }
+    for batch in BATCH_SIZES:
+        ways = {name: partial(_step_ms, model, batch, dtype) for name, dtype in dtypes.items()}
+        figures[f"decode_{batch}"] = _in_turn(ways) if _states_fit(model, batch) else "states do not fit"
+    for rows, length in PROMPTS:
+        ways = {name: partial(prompt_ms, model, rows, length, dtype) for name, dtype in dtypes.items()}
+        figures[f"prompt_{rows}x{length}"] = _in_turn(ways)
+    return figures
 
 
-def _in_turn(models: Mapping[str, RWKV7], measure: Callable[..., float], *sizes: int) -> dict[str, float]:
-    """Return the milliseconds of each model, the better of two turns, and how many times faster int8 is."""
-    taken: dict[str, list[float]] = {name: [] for name in models}
+def _step_ms(model: RWKV7, batch: int, state_dtype: torch.dtype = torch.float32) -> float:
+    return decode_rate(model, batch, triton_step, num_pieces=3, state_dtype=state_dtype)["median_ms"]
+
+
+def _in_turn(ways: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Return the milliseconds of two ways, the better of two turns, and how many times faster the second is."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2):
-        for name, model in models.items():
-            taken[name].append(measure(model, *sizes))
+        for name, measure in ways.items():
+            taken[name].append(measure())
             torch.cuda.empty_cache()
     best = {f"{name}_ms": round(min(of_turns), 4) for name, of_turns in taken.items()}
-    best["int8_over_bfloat16"] = round(best["bfloat16_ms"] / best["int8_ms"], 3)
-    print(f"int8 {measure.__name__} {sizes}: {best}", flush=True)
+    first, second = ways
+    best[f"{second}_over_{first}"] = round(best[f"{first}_ms"] / best[f"{second}_ms"], 3)
+    print(best, flush=True)
     return best
 
 
-def _correlation(*models: RWKV7) -> float:
-    """Return the correlation of two models' logits after a prompt."""
+def _correlation(*subjects: tuple[RWKV7, torch.dtype]) -> float:
+    """Return the correlation of the logits after a prompt, of two models and dtypes of their states."""
     logits = []
-    for model in models:
+    for model, state_dtype in subjects:
         torch.manual_seed(0)  # the same prompt
-        logits.append(consume(model, new_pool(model, 2), [0], 64).flatten())
+        logits.append(consume(model, new_pool(model, 2, state_dtype), [0], 64).flatten())
     return round(float(torch.corrcoef(torch.stack(logits).double())[0, 1]), 6)
 
 
 def decode_rate(
-    model: RWKV7, batch: int, make_step: Callable[..., DecodeStep], num_pieces: int = 6
+    model: RWKV7,
+    batch: int,
+    make_step: Callable[..., DecodeStep],
+    num_pieces: int = 6,
+    state_dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Median, best and worst of the steps, in pieces of ten; disjoint sets of states in turn."""
     device = model.device
-    pool = new_pool(model, SLOT_SETS * batch + 1)
+    pool = new_pool(model, SLOT_SETS * batch + 1, state_dtype)
     step, graphs, sampled = make_step(model, pool, _no_ids(device)), CudaGraphs(), _no_samples(device)
     tables = [new_table(batch, turn * batch, device) for turn in range(SLOT_SETS)]
     replays = [
@@ -366,10 +393,10 @@ def decode_rate(
     }
 
 
-def correctness(model: RWKV7) -> dict[str, bool]:
+def correctness(model: RWKV7, state_dtype: torch.dtype = torch.float32) -> dict[str, bool]:
     """What must hold bit for bit on a card: graphs, batch sizes, places, padding, repetition, saved states."""
     device = model.device
-    pool = new_pool(model, 66)
+    pool = new_pool(model, 66, state_dtype)
     before = pool.wkv.clone(), pool.shift.clone()
     graphs = DecodeGraphs(
         triton_step(model, pool, torch.zeros(0, dtype=torch.int64, device=device)), 64, device, CudaGraphs()
@@ -398,7 +425,7 @@ def correctness(model: RWKV7) -> dict[str, bool]:
     figures = {
         "recording_touches_no_state": untouched,
         "repeated_20_times": all(same(most, list(range(64))) for _ in range(20)),
-        "alone_as_among_256": _alone_as_among(model, device),
+        "alone_as_among_256": _alone_as_among(model, state_dtype),
         "places_exchanged": same(most, list(range(63, -1, -1))),
         "every_bucket": all(same(most, list(range(bucket))) for bucket in graphs.buckets),
         "padding": same(most, [5, 1, 40]),
@@ -414,9 +441,9 @@ def correctness(model: RWKV7) -> dict[str, bool]:
     return figures
 
 
-def _alone_as_among(model: RWKV7, device: torch.device, most: int = 256) -> bool:
+def _alone_as_among(model: RWKV7, state_dtype: torch.dtype, most: int = 256) -> bool:
     """Say whether rows have the same bits in batches of other tiles, states and tokens."""
-    pool = new_pool(model, most + 1)
+    device, pool = model.device, new_pool(model, most + 1, state_dtype)
     before = pool.wkv.clone(), pool.shift.clone()
     step, expected = triton_step(model, pool, _no_ids(device)), None
     for num_rows in (most, 128, 64, 32, 16, 1):
@@ -503,9 +530,9 @@ def prefill(path: Path, device: torch.device) -> Mapping[str, float]:
     return figures
 
 
-def prompt_ms(model: RWKV7, num_rows: int, length: int) -> float:
+def prompt_ms(model: RWKV7, num_rows: int, length: int, state_dtype: torch.dtype = torch.float32) -> float:
     """Return the milliseconds of so many prompts, replayed."""
-    pool = new_pool(model, num_rows + 1)
+    pool = new_pool(model, num_rows + 1, state_dtype)
     return 1e3 * seconds(CudaGraphs().record(lambda: _prompts(model, pool, num_rows, length)), 5)
 
 

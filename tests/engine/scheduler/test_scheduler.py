@@ -377,6 +377,13 @@ def test_a_prompt_is_cut_where_operators_end_a_chunk() -> None:
     assert len(talking.token_ids) == 4
 
 
+def test_a_prompts_last_token_is_not_left_alone() -> None:
+    """Lone tokens are another way of the operators, with other bits: a piece gives up a chunk so that none is left."""
+    simulation = Simulation(max_num_batched_tokens=64)
+    simulation.submit(request_of("long", [1] * 129, max_tokens=1))
+    assert [simulation.step() for _ in range(3)] == [64, 32, 33]
+
+
 def test_a_single_token_overtakes_a_long_prompt() -> None:
     """What costs one token never waits for what costs many, even if that came first."""
     simulation = Simulation(max_num_batched_tokens=8)
