@@ -81,6 +81,7 @@ class PlayedEngineEnd:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self._socket = context.socket(zmq.ROUTER)
+        self._socket.set(zmq.SNDHWM, 0)  # as the engine does: a full queue drops what comes
         self._socket.bind(endpoint)
         self._client = b""
         self._random = random.Random(0)

@@ -19,6 +19,7 @@ TORCH_FREE_ENGINE = (
     "engine.client",
     "engine.launch",
     "engine.logs",
+    "engine.garbage",
     "engine.tokenizer",
     # The state store, for exports and imports: bytes in and out. What they mean is `engine.state.checkpoint`'s.
     "engine.state.store",
