@@ -10,7 +10,8 @@ Conventions shared by all operators that touch states:
 - `T` tokens of `B` sequences lie packed, one sequence after the other; `starts[B + 1]` (int64) are the offsets,
   strictly rising, so no sequence is empty; `slots[B]` (int64) says which row of the pool each sequence owns. Slots of
   one call are unique, except that padding rows may share the scratch slot. A decode step is `T == B`.
-- states are float32 views of the pool: contiguous inside a slot's layer, any stride from slot to slot.
+- states are views of the pool, float32, those of `wkv7` also float16: contiguous inside a slot's layer, any stride
+  from slot to slot.
 """
 
 from __future__ import annotations

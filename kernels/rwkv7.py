@@ -90,8 +90,8 @@ class Rwkv7(Protocol):
         """Consume `token_ids[T]`, advance the slots' states in place, return the residual stream of `output_rows[R]`.
 
         `wkv[S, L, H, N(value), N(key)]` and `shift[S, L, 2, C]` (0: before time mixing, 1: before channel mixing) are
-        views of the float32 pool; `slots[B]` and `starts[B + 1]` as for every operator; all indices int64. Returns
-        `[R, C]` float32.
+        views of the pool, `wkv` float32 or float16, `shift` float32; `slots[B]` and `starts[B + 1]` as for every
+        operator; all indices int64. Returns `[R, C]` float32.
         """
         ...
 

@@ -16,7 +16,7 @@ import kernels
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.messages import SamplingParams, TokenLogprobs
-from engine.models.load import DTYPES, load_model
+from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
 from engine.runner.grammars import Allowed
 from engine.runner.input_batch import InputBatch, targets_of
@@ -34,6 +34,8 @@ LOGITS_TILE_BYTES = 16 << 20
 # A step of a smaller model takes less than two milliseconds: threads would meet more often than they work, and on a
 # machine whose other cores serve the API, wait for each other (measured: twice the step time for 7 M parameters).
 SMALL_FILE_BYTES = 32 << 20
+
+STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 BROKEN = "the row became NaN or infinite"
 
@@ -54,6 +56,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_state_dtype(name: str) -> torch.dtype:
+    """Return the dtype of the states' matrices that `name` means; raises `ValueError` if no operator keeps it."""
+    if name not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {name!r}, not one of {', '.join(STATE_DTYPES)}")
+    return STATE_DTYPES[name]
+
+
 def choose_num_threads(config: EngineConfig) -> int | None:
     """Return how many threads the operators get; None is one a core."""
     if config.num_threads:
@@ -65,8 +74,9 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     """Return a runner for the model of `config`: two slots for each sequence, one being for snapshots, and one more.
 
     `forbidden_ids` is asked for the ids without bytes once the model, and with it the vocabulary's size, is known.
-    Raises `ModelFileError`.
+    Raises `ModelFileError`, and `ValueError` for a `state_dtype` that there is not.
     """
+    state_dtype = choose_state_dtype(config.state_dtype)
     device = choose_device(config.device)
     backend = kernels.select_backend(device, choose_num_threads(config))
     if device.type == "cpu" and backend != kernels.PYTORCH:
@@ -74,7 +84,7 @@ def load_runner(config: EngineConfig, forbidden_ids: Callable[[RWKV7], Sequence[
     elif config.num_threads:
         torch.set_num_threads(config.num_threads)
     model = load_model(config.model_path, device, config.dtype, config.head_norm_eps)
-    state_spec = model.config.state_spec_in(DTYPES[config.state_dtype])
+    state_spec = model.config.state_spec_in(state_dtype)
     num_slots = 2 * config.max_num_seqs + 1
     if device.type == "cuda" and backend != kernels.PYTORCH:
         from engine.runner.cuda_graphs import can_record

@@ -164,13 +164,16 @@ VARIANTS: Mapping[str, Variant] = {
             ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS),
         )
     },
-    "wkv7 scan, float16 state": Variant(
-        wkv7.scan_kernel,
-        {**_TYPES, "state": "*fp16"},
-        {**_CHUNK, "BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES, "PRECISION": wkv7.OF_16_BITS[0]},
-        Budget(255, 8),
-        {"num_warps": wkv7.SCAN_WARPS},
-    ),
+    **{
+        f"wkv7 scan, {precision}, float16 state": Variant(
+            wkv7.scan_kernel,
+            {**_TYPES, "state": "*fp16"},
+            {**_CHUNK, "BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES, "PRECISION": precision},
+            Budget(255, 8),
+            {"num_warps": wkv7.SCAN_WARPS},
+        )
+        for precision, _ in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+    },
     "wkv7 finish": Variant(
         wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
     ),

@@ -34,6 +34,28 @@ def test_wkv7_equals_the_formulas(random: torch.Generator, v_first: bool) -> Non
         torch.testing.assert_close(case.state[slot].double(), S, rtol=1e-5, atol=1e-5)
 
 
+def test_wkv7_keeps_float16_states(random: torch.Generator) -> None:
+    """Rounded after every token and not in between: token by token gives the bits of a whole prompt."""
+    case = WkvCase(random, sum(LENGTHS), v_first=True)
+    case.state = case.state.half()
+    before, starts = case.state.clone(), starts_of(LENGTHS).tolist()
+    expected = [case.expected(range(starts[i], starts[i + 1]), int(SLOTS[i])) for i in range(len(LENGTHS))]
+    result = case.run(kernels.wkv7, slice(None), SLOTS, LENGTHS)
+    torch.testing.assert_close(result.double(), torch.cat([rows for rows, _ in expected]), rtol=4e-3, atol=4e-3)
+    for slot, (_, S) in zip(SLOTS.tolist(), expected, strict=True):
+        torch.testing.assert_close(case.state[slot].double(), S, rtol=4e-3, atol=4e-3)
+    after = case.state.clone()
+    case.state.copy_(before)
+    alone = [
+        case.run(kernels.wkv7, slice(t, t + 1), SLOTS[i : i + 1], [1])
+        for i in range(len(LENGTHS))
+        for t in range(starts[i], starts[i + 1])
+    ]
+    assert torch.equal(result, torch.cat(alone))
+    assert torch.equal(after, case.state)
+    assert not torch.equal(after, before)
+
+
 def test_wkv7_leaves_other_slots_alone(random: torch.Generator) -> None:
     """Slots that are not named, and the other layers of those that are, keep their bytes."""
     case = WkvCase(random, sum(LENGTHS), v_first=True)

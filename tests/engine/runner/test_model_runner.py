@@ -15,6 +15,7 @@ from engine.runner import model_runner
 from engine.runner.model_runner import TorchModelRunner, load_runner
 from engine.runner.plan import Chunk, ChunkOutput, ModelRunner, StepPlan
 from engine.weights.synthetic import SyntheticShape, save_synthetic
+from tests.implementations import IMPLEMENTATIONS, running_on
 
 V = 100
 GREEDY = SamplingParams(seed=0, temperature=0)
@@ -295,3 +296,36 @@ def test_a_runner_is_made_from_the_engines_configuration(model_file: Path) -> No
     assert runner.num_slots == 7
     assert runner.model.config.head_norm_eps == 0.01
     assert generate(runner, 0, [1], 2, SamplingParams(seed=1)) == [V - 1] * 2
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "half"])
+def test_a_state_dtype_that_no_operator_keeps_is_refused_by_name(name: str) -> None:
+    """Before anything is loaded: there is no file here."""
+    with pytest.raises(ValueError, match=f"state_dtype is '{name}', not one of float32, float16"):
+        load_runner(EngineConfig(model_path="", device="cpu", state_dtype=name), lambda _: ())
+
+
+def test_float16_states_are_half_as_large(model_file: Path) -> None:
+    """The matrices, that is: what token shift remembers stays float32."""
+    config = EngineConfig(model_path=str(model_file), device="cpu", state_dtype="float16")
+    runner = load_runner(config, lambda _: ())
+    assert (runner.pool.wkv.dtype, runner.pool.shift.dtype) == (torch.float16, torch.float32)
+    assert runner.spec.num_bytes == 2 * (2 * 4 * 8 * 8) + 4 * (2 * 2 * 32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_state_beyond_float16_fails_alone(model_file: Path, implementation: str) -> None:
+    """What is too large becomes infinite, and is reported in the step in which it does; float32 has room for it."""
+    with running_on(implementation):
+        model = load_model(model_file, torch.device("cpu"), "float32")
+        failed = {}
+        for dtype in (torch.float32, torch.float16):
+            runner = TorchModelRunner(model, 4, state_spec=model.config.state_spec_in(dtype))
+            for slot in (0, 1, 2):
+                runner.start(slot)
+            runner.pool.wkv[1] = 65504.0  # half a unit in the last place more, and it is infinite
+            loud, sound = step(runner, Chunk(1, [1, 2, 3], sampling=GREEDY), Chunk(0, [1, 2, 3], sampling=GREEDY))
+            assert [sound] == step(runner, Chunk(2, [1, 2, 3], sampling=GREEDY))
+            failed[dtype] = loud.failed is not None
+            assert bool(runner.pool.wkv[1].isinf().any() or runner.pool.wkv[1].isnan().any()) == failed[dtype]
+        assert failed == {torch.float32: False, torch.float16: True}
