@@ -143,13 +143,20 @@ int64_t find(const float* weights, const double* sums, int64_t count, double poi
     return last;  // the point lies at the very end
 }
 
+// The first index of `value`, which is there.
+int64_t first_index(const float* values, int64_t count, float value) {
+    int64_t i = 0;
+    while (i + W <= count && !any(load(values + i) == broadcast(value))) i += W;
+    return std::find(values + i, values + count, value) - values;
+}
+
 int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scratch) {
     const float* logits = s.logits + row * s.stride;
     const int64_t V = s.vocab_size;
     const float most = greatest(logits, V);
     if (!std::isfinite(most)) return -1;
     const float temperature = s.temperature[row];
-    if (temperature == 0) return std::find(logits, logits + V, most) - logits;
+    if (temperature == 0) return first_index(logits, V, most);
 
     exponentials(logits, V, most, 1, scratch.likelihoods);
     float cutoff = s.min_p[row];  // the most likely token's likelihood is 1
