@@ -102,11 +102,12 @@ def test_states_kept_in_another_dtype_are_replayed_and_counted(tiny_model: Path,
     with ServerProcess(tiny_model, tmp_path / "data") as server:
         for seed, line in enumerate(LINES[:2]):
             say(server, line, "moved", seed)
+        server.stop()  # in peace: a kill may come before the state is written
     with ServerProcess(tiny_model, tmp_path / "data", "--state-dtype", "float16") as halves:
         reply = say(halves, LINES[2], "moved", 2)
         assert (reply.resume, reply.version) == ("replayed", 3)
         assert "rwkv_checkpoints_rejected_total 1.0" in halves.http.get("/metrics").text
-        halves.stop()  # in peace: a kill may come before the state is written
+        halves.stop()
         halves.start()
         assert say(halves, LINES[3], "moved", 3).resume == "restored"
         assert [say(halves, line, "again", seed) for seed, line in enumerate(LINES)] == expected
