@@ -67,6 +67,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: Grammar | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the next token is a matter of its logits, temperature, top-k, top-p and min-p alone."""
+        return (
+            not self.has_penalties
+            and self.typical_p == 1
+            and self.top_n_sigma == 0
+            and not self.logit_bias
+            and self.num_logprobs is None
+            and self.grammar is None
+        )
+
+    @property
     def has_penalties(self) -> bool:
         """Whether tokens that were generated before weigh on the next."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1

@@ -16,7 +16,6 @@ Conventions shared by all operators that touch states:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,8 +40,7 @@ _SCHEMAS = {
     "wkv7": "(Tensor r, Tensor k, Tensor v, Tensor decay, Tensor a, Tensor gate, Tensor? v_first, Tensor? value_mix, "
     "Tensor k_k, Tensor k_a, Tensor r_k, Tensor ln_weight, Tensor ln_bias, float eps, Tensor(a!) state, Tensor slots, "
     "Tensor starts) -> Tensor",
-    "sample": "(Tensor logits, float[] temperature, int[] top_k, float[] top_p, float[] min_p, float[] uniform) "
-    "-> Tensor",
+    "sample": "(Tensor logits, Tensor rules) -> Tensor",
     "logprobs": "(Tensor logits, Tensor token_ids, int num_top, Tensor excluded_ids) -> (Tensor, Tensor, Tensor)",
 }
 
@@ -215,23 +213,17 @@ def wkv7(
     return result
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: Sequence[float],
-    top_k: Sequence[int],
-    top_p: Sequence[float],
-    min_p: Sequence[float],
-    uniform: Sequence[float],
-) -> torch.Tensor:
-    """Draw a token for each row of `logits[R, V]` float32; the parameters, one a row, are the host's.
+def sample(logits: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row of `logits[R, V]` float32.
 
+    `rules[R, 5]` float64, in host memory and contiguous, has a row's temperature, top_k, top_p, min_p and uniform.
     Temperature 0 takes the most likely token, the lowest id among equals. Otherwise a token stays if it is among the
     `top_k` most likely (0: all), in the smallest set of most likely ones whose mass exceeds `top_p`, and at least
     `min_p` times as likely as the first; what stays is reshaped, `p ** (1 / temperature)`, and `uniform`, in [0, 1),
     picks from its cumulative distribution in the order of token ids. Returns `[R]` int64, on the device of `logits`.
     A row that is no distribution, having a NaN or plus infinity in it, gives -1; minus infinity is an impossible token.
     """
-    result: torch.Tensor = _ops.sample.default(logits, temperature, top_k, top_p, min_p, uniform)
+    result: torch.Tensor = _ops.sample.default(logits, rules)
     return result
 
 

@@ -211,15 +211,9 @@ def _tiles(
         yield rows, starts[rows], lengths[begin : begin + tile]
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: Sequence[float],
-    top_k: Sequence[int],
-    top_p: Sequence[float],
-    min_p: Sequence[float],
-    uniform: Sequence[float],
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
     """See `kernels.sample`."""
+    temperature, top_k, top_p, min_p, uniform = rules.T.tolist()
     most, chosen = logits.max(dim=-1)  # a NaN counts as the greatest, and the lowest id wins a tie
     rows = [i for i, value in enumerate(temperature) if value > 0]
     if rows:
@@ -227,7 +221,7 @@ def sample(
         drawn = _draw(
             logits if len(rows) == len(logits) else logits.index_select(0, index),
             [temperature[i] for i in rows],
-            [top_k[i] for i in rows],
+            [int(top_k[i]) for i in rows],
             [top_p[i] for i in rows],
             [min_p[i] for i in rows],
             [uniform[i] for i in rows],

@@ -99,6 +99,24 @@ class Rwkv7(Protocol):
         """Return `[R, V]` float32 for rows `hidden[R, C]` of the residual stream."""
         ...
 
+    def step(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        forbidden_ids: torch.Tensor,
+        rules: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens as `forward` does, and draw one after each sequence's last; returns `[B]` int64.
+
+        As `kernels.sample`, by `rules[B, 5]`, from logits in which `forbidden_ids` are impossible.
+        """
+        logits = self.logits(self.forward(token_ids, wkv, shift, slots, starts, starts[1:] - 1))
+        logits.index_fill_(1, forbidden_ids, -torch.inf)
+        return kernels.sample(logits, rules)
+
 
 def runnable(weights: Weights, dtype: torch.dtype) -> Rwkv7:
     """Return the fastest way to run `weights`; activations between their operators have `dtype`, or better."""
@@ -106,8 +124,8 @@ def runnable(weights: Weights, dtype: torch.dtype) -> Rwkv7:
     return fused or OperatorByOperator(weights, dtype)
 
 
-class OperatorByOperator:
-    """Implements `Rwkv7` on any device."""
+class OperatorByOperator(Rwkv7):
+    """Runs on any device."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self._weights = weights

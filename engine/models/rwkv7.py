@@ -50,6 +50,16 @@ class RWKV7:
         """Consume the batch, advance its slots in `pool`, and return the hidden rows it asks for, `[R, C]` float32."""
         return self._rwkv7.forward(batch.token_ids, pool.wkv, pool.shift, batch.slots, batch.starts, batch.output_rows)
 
+    def step(
+        self, batch: InputBatch, pool: StatePool, forbidden_ids: torch.Tensor, rules: torch.Tensor
+    ) -> torch.Tensor:
+        """Consume the batch, advance its slots in `pool`, and return a token for each sequence, as `kernels.sample`.
+
+        `forbidden_ids[N]` int64 are on the model's device, `rules[B, 5]` is the host's. Bit for bit what `forward`,
+        `logits` and the operator give.
+        """
+        return self._rwkv7.step(batch.token_ids, pool.wkv, pool.shift, batch.slots, batch.starts, forbidden_ids, rules)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `[R, V]` float32 for hidden rows `[R, C]`."""
         return self._rwkv7.logits(hidden)

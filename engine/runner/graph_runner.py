@@ -81,7 +81,8 @@ class GraphModelRunner(TorchModelRunner):
 
     def _is_row(self, chunk: Chunk) -> bool:
         """Say whether a chunk can be a row of a graph; one with an impossible id is told so elsewhere."""
-        return is_plain(chunk) and self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
+        are_known = self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
+        return chunk.is_plain and bool(chunk.token_ids) and are_known
 
 
 class GraphLaunch:
@@ -100,22 +101,6 @@ class GraphLaunch:
                 for token_id, is_asked_for in zip(self._launched.token_ids(), self.samples, strict=True)
             ]
         )
-
-
-def is_plain(chunk: Chunk) -> bool:
-    """Say whether a chunk asks for a token by temperature, top-k, top-p and min-p, or for none, and nothing else."""
-    if not chunk.token_ids or chunk.num_prompt_logprobs is not None or chunk.matcher is not None:
-        return False
-    p = chunk.sampling
-    return p is None or (
-        (chunk.may_stop or not chunk.stop_token_ids)
-        and not p.logit_bias
-        and p.num_logprobs is None
-        and p.presence_penalty == p.frequency_penalty == 0
-        and p.repetition_penalty == 1
-        and p.top_n_sigma == 0
-        and p.typical_p == 1
-    )
 
 
 def _row(chunk: Chunk) -> DecodeRow:

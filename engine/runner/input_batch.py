@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
+import numpy as np
 import torch
 
 from engine.runner.plan import Chunk
@@ -29,7 +30,7 @@ class InputBatch:
             if chunk.target_ids is not None:
                 output_rows += [start + i for i, _ in targets_of(chunk)]
         return cls(
-            token_ids=_tensor(chain.from_iterable([chunk.token_ids for chunk in chunks]), device),
+            token_ids=_tensor(list(chain.from_iterable([chunk.token_ids for chunk in chunks])), device),
             slots=_tensor([chunk.slot for chunk in chunks], device),
             starts=_tensor(starts, device),
             output_rows=_tensor(output_rows, device),
@@ -43,5 +44,5 @@ def targets_of(chunk: Chunk) -> list[tuple[int, int]]:
     return [(i, target) for i, target in enumerate(chunk.target_ids) if target is not None]
 
 
-def _tensor(values: Iterable[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int64, device=device)
+def _tensor(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(values, np.int64)).to(device)  # through NumPy it costs half as much

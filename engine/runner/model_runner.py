@@ -23,7 +23,7 @@ from engine.runner.input_batch import InputBatch, targets_of
 from engine.runner.logprobs import report_logprobs
 from engine.runner.penalties import PenaltyCounters
 from engine.runner.plan import Chunk, ChunkOutput, Launch, StepOutput, StepPlan
-from engine.runner.sampler import restrict, sample, truncate
+from engine.runner.sampler import restrict, rules_of, sample, truncate
 from engine.state.pool import StatePool
 from engine.state.spec import RecurrentState, StateSpec
 from engine.weights.open import find_weights_file
@@ -203,11 +203,13 @@ class TorchModelRunner:
     def _run(self, rows: Sequence[Row]) -> list[ChunkOutput]:
         chunks = [row.chunk for row in rows]
         batch = InputBatch.from_chunks(chunks, self.model.device)
+        if all([chunk.sampling is not None and chunk.is_plain for chunk in chunks]):
+            return self._run_plain(batch, chunks)
         hidden = self.model.forward(batch, self.pool)
         for chunk in chunks:
             self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
-        last, of_targets = hidden[: len(chunks)], hidden[len(chunks) :]
-        prompt_logprobs = self._prompt_logprobs(of_targets, chunks)
+        last = hidden if hidden.shape[0] == len(chunks) else hidden[: len(chunks)]
+        prompt_logprobs = self._prompt_logprobs(hidden, chunks)
         sampled = self._sample(last, chunks, [row.allowed for row in rows])
         is_sound = self._is_sound(last, chunks, sampled)
         outputs = []
@@ -216,6 +218,12 @@ class TorchModelRunner:
             output = ChunkOutput(token_id, logprobs, prompt_logprobs[i], is_complete=row.is_complete)
             outputs.append(_followed(row.chunk, output) if is_sound[i] else ChunkOutput(failed=BROKEN))
         return outputs
+
+    def _run_plain(self, batch: InputBatch, chunks: Sequence[Chunk]) -> list[ChunkOutput]:
+        """Run chunks that all sample, and none of which will ever be penalised, in one call."""
+        rules = rules_of([p for chunk in chunks if (p := chunk.sampling)], [chunk.position for chunk in chunks])
+        token_ids = self.model.step(batch, self.pool, self._forbidden_ids, rules).tolist()
+        return [ChunkOutput(token_id) if token_id >= 0 else ChunkOutput(failed=BROKEN) for token_id in token_ids]
 
     def _is_sound(self, last: torch.Tensor, chunks: Sequence[Chunk], sampled: Collection[int]) -> list[bool]:
         """Say for each chunk whether its row is finite.
@@ -271,11 +279,11 @@ class TorchModelRunner:
     def _prompt_logprobs(
         self, hidden: torch.Tensor, chunks: Sequence[Chunk]
     ) -> list[list[TokenLogprobs | None] | None]:
-        """Return what each chunk asked about its targets; `hidden[R, C]` are the rows before them, in order."""
+        """Return what each chunk asked about its targets; after a row a chunk, `hidden` has those before them."""
         if all(chunk.num_prompt_logprobs is None for chunk in chunks):
             return [None] * len(chunks)
         asked = [(target, chunk.num_prompt_logprobs or 0) for chunk in chunks for _, target in targets_of(chunk)]
-        found = self._target_logprobs(hidden, asked)
+        found = self._target_logprobs(hidden[len(chunks) :], asked)
         reported: list[list[TokenLogprobs | None] | None] = []
         for chunk in chunks:
             if chunk.num_prompt_logprobs is None or chunk.target_ids is None:

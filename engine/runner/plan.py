@@ -27,6 +27,13 @@ class Chunk(msgspec.Struct, frozen=True):
     may_stop: bool = True  # else they are not sampled
     matcher: GrammarMatcher | None = None  # says what may be sampled, and is told what was
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for a token by temperature, top-k, top-p and min-p, or for none, and nothing else."""
+        if self.num_prompt_logprobs is not None or self.matcher is not None:
+            return False
+        return self.sampling is None or (self.sampling.is_plain and (self.may_stop or not self.stop_token_ids))
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -33,23 +33,25 @@ from engine.runner.grammars import Allowed
 
 Words = npt.NDArray[np.uint64]
 
-_MASK = (1 << 64) - 1
-
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """Return a token id for each row of `logits[R, V]` float32, which have been through the steps before this one's.
 
     A row that is no distribution, having a NaN or plus infinity in it, gives -1.
     """
-    ids: list[int] = kernels.sample(
-        logits,
-        [p.temperature for p in params],
-        [p.top_k for p in params],
-        [p.top_p for p in params],
-        [p.min_p for p in params],
-        [uniform(p.seed, position) for p, position in zip(params, positions, strict=True)],
-    ).tolist()
+    ids: list[int] = kernels.sample(logits, rules_of(params, positions)).tolist()
     return ids
+
+
+def rules_of(params: Sequence[SamplingParams], positions: Sequence[int]) -> torch.Tensor:
+    """Return `[R, 5]` float64, all that `kernels.sample` needs to know of rows whose next token is at `positions`."""
+    rules = np.empty((len(params), 5))
+    rules[:, :4] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]
+    rules[:, 4] = 0
+    if any([p.temperature > 0 for p in params]):
+        seeds = np.array([p.seed for p in params], np.uint64)
+        rules[:, 4] = uniforms(hash_seeds(seeds), np.array(positions, np.uint64))
+    return torch.from_numpy(rules)
 
 
 def restrict(
@@ -102,32 +104,19 @@ def _cut_by_surprise(logits: torch.Tensor, mass: float) -> None:
     logits[order[before >= mass]] = -torch.inf
 
 
-def uniform(seed: int, position: int) -> float:
-    """Return the number in [0, 1) that picks the token at `position`: two rounds of splitmix64 over both."""
-    return (_splitmix64(_splitmix64(seed) ^ (position & _MASK)) >> 16) * 2.0**-48
-
-
 def uniforms(hashed_seeds: Words, positions: Words) -> npt.NDArray[np.float64]:
-    """Return for each row what `uniform` returns, bit for bit; the seeds have been through `hash_seeds`."""
-    return (_splitmix64_words(hashed_seeds ^ positions) >> np.uint64(16)).astype(np.float64) * np.float64(2.0**-48)
+    """Return the number in [0, 1) that picks each row's token: the second of two rounds of splitmix64."""
+    return (_splitmix64(hashed_seeds ^ positions) >> np.uint64(16)).astype(np.float64) * np.float64(2.0**-48)
 
 
 def hash_seeds(seeds: Words) -> Words:
     """Return the first of the two rounds, which does not depend on the position."""
-    return _splitmix64_words(seeds)
+    return _splitmix64(seeds)
 
 
-def _splitmix64_words(values: Words) -> Words:
-    """As `_splitmix64`: words of 64 bits wrap around by themselves."""
+def _splitmix64(values: Words) -> Words:
+    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014. Words of 64 bits wrap around."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _splitmix64(value: int) -> int:
-    """Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)

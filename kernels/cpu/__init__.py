@@ -57,7 +57,7 @@ def is_registered() -> bool:
 
 
 def fuse_rwkv7(weights: Weights) -> FusedRwkv7 | None:
-    """Return the model of these weights as two calls; None where they are not these operators' to run."""
+    """Return the model of these weights as one or two calls; None where they are not these operators' to run."""
     from kernels.cpu.fused import FusedRwkv7, can_fuse
 
     for operators in _registered:

@@ -1,4 +1,4 @@
-"""An RWKV-7 model as two calls of the compiled library."""
+"""An RWKV-7 model as one or two calls of the compiled library."""
 
 from __future__ import annotations
 
@@ -54,15 +54,16 @@ class FusedRwkv7:
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows; raises `IndexError` before anything is changed."""
         team = self._operators.team
-        hidden = torch.empty(len(output_rows), self._width)
+        num_outputs = output_rows.shape[0]
+        hidden = torch.empty(num_outputs, self._width)
         failed = team.library.sostenuto_rwkv7_forward(
             team.handle,
             byref(self._model),
-            byref(library.batch(slots, starts, len(token_ids))),
+            byref(library.batch(slots, starts, token_ids.shape[0])),
             token_ids.data_ptr(),
             byref(library.states(wkv, layers=True)),
             byref(library.states(shift, layers=True)),
-            len(output_rows),
+            num_outputs,
             output_rows.data_ptr(),
             hidden.data_ptr(),
         )
@@ -73,11 +74,41 @@ class FusedRwkv7:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
         team = self._operators.team
-        logits = self._logits.take(len(hidden), self._vocab_size)
+        num_rows = hidden.shape[0]
+        logits = self._logits.take(num_rows, self._vocab_size)
         team.library.sostenuto_rwkv7_logits(
-            team.handle, byref(self._model), len(hidden), byref(library.rows(hidden)), logits.data_ptr()
+            team.handle, byref(self._model), num_rows, byref(library.rows(hidden)), logits.data_ptr()
         )
         return logits
+
+    def step(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        forbidden_ids: torch.Tensor,
+        rules: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens, advance states, draw tokens; raises `IndexError` before anything is changed."""
+        team = self._operators.team
+        sampled = torch.empty(slots.shape[0], dtype=torch.int64)
+        failed = team.library.sostenuto_rwkv7_step(
+            team.handle,
+            byref(self._model),
+            byref(library.batch(slots, starts, token_ids.shape[0])),
+            token_ids.data_ptr(),
+            byref(library.states(wkv, layers=True)),
+            byref(library.states(shift, layers=True)),
+            forbidden_ids.shape[0],
+            forbidden_ids.data_ptr(),
+            rules.data_ptr(),
+            sampled.data_ptr(),
+        )
+        if failed:
+            raise IndexError("a token id or slot is out of range")
+        return sampled
 
 
 class Memory:

@@ -6,7 +6,7 @@ Nothing is checked on the other side of the border, so everything is checked her
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -129,11 +129,7 @@ class Sampling(Structure):
         ("vocab_size", c_int64),
         ("stride", c_int64),
         ("logits", c_void_p),
-        ("temperature", POINTER(c_float)),
-        ("top_k", POINTER(c_int64)),
-        ("top_p", POINTER(c_double)),
-        ("min_p", POINTER(c_float)),
-        ("uniform", POINTER(c_double)),
+        ("rules", c_void_p),
         ("token_ids", c_void_p),
     ]
 
@@ -201,6 +197,21 @@ _SIGNATURES = {
             c_void_p,
         ],
     ),
+    "sostenuto_rwkv7_step": (
+        c_int32,
+        [
+            c_void_p,
+            POINTER(Rwkv7Model),
+            POINTER(Batch),
+            c_void_p,
+            POINTER(States),
+            POINTER(States),
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+        ],
+    ),
     "sostenuto_rwkv7_logits": (None, [c_void_p, POINTER(Rwkv7Model), c_int64, POINTER(Rows), c_void_p]),
 }
 
@@ -246,7 +257,7 @@ def rows(tensor: torch.Tensor | None) -> Rows:
 
 def batch(slots: torch.Tensor, starts: torch.Tensor, num_tokens: int) -> Batch:
     """Return the packed sequences of a call; both tensors int64 and contiguous."""
-    return Batch(num_tokens, len(slots), starts.data_ptr(), slots.data_ptr())
+    return Batch(num_tokens, slots.shape[0], starts.data_ptr(), slots.data_ptr())
 
 
 def floats(tensor: torch.Tensor) -> int:
@@ -263,6 +274,7 @@ def norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:
 
 def states(view: torch.Tensor, layers: bool = False) -> States:
     """Return a view `[S, ...]` of the pool, or `[S, L, ...]` with `layers`, contiguous inside a slot."""
-    assert view[0].is_contiguous()
-    strides = view.stride(0), view.stride(1) if layers else 0
-    return States(view.data_ptr(), len(view), *strides, STATE_FORMATS[view.dtype])
+    strides, sizes = view.stride(), view.shape
+    assert strides[-1] == 1
+    assert all([strides[i] == strides[i + 1] * sizes[i + 1] for i in range(1, len(sizes) - 1)])
+    return States(view.data_ptr(), sizes[0], strides[0], strides[1] if layers else 0, STATE_FORMATS[view.dtype])

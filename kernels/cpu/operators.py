@@ -6,8 +6,7 @@ by either can live side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import byref, c_double, c_float, c_int64
+from ctypes import byref
 
 import torch
 
@@ -162,31 +161,14 @@ class Operators:
         )
         return y
 
-    def sample(
-        self,
-        logits: torch.Tensor,
-        temperature: Sequence[float],
-        top_k: Sequence[int],
-        top_p: Sequence[float],
-        min_p: Sequence[float],
-        uniform: Sequence[float],
-    ) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
         """See `kernels.sample`."""
         if not self.enabled or logits.dtype != torch.float32:
-            return eager.sample(logits, temperature, top_k, top_p, min_p, uniform)
+            return eager.sample(logits, rules)
         logits = _readable(logits)
-        num_rows = len(logits)
-        token_ids = torch.empty(num_rows, dtype=torch.int64)
+        token_ids = torch.empty(logits.shape[0], dtype=torch.int64)
         sampling = library.Sampling(
-            *logits.shape,
-            logits.stride(0),
-            logits.data_ptr(),
-            (c_float * num_rows)(*temperature),
-            (c_int64 * num_rows)(*top_k),
-            (c_double * num_rows)(*top_p),
-            (c_float * num_rows)(*min_p),
-            (c_double * num_rows)(*uniform),
-            token_ids.data_ptr(),
+            *logits.shape, logits.stride(0), logits.data_ptr(), rules.data_ptr(), token_ids.data_ptr()
         )
         self.team.library.sostenuto_sample(self.team.handle, byref(sampling))
         return token_ids

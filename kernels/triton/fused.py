@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kernels.rwkv7 import Rwkv7
 from kernels.triton import linear as products
 from kernels.triton import residual, shift_mix
 from kernels.triton import wkv7 as recurrence
@@ -34,8 +35,8 @@ _STEP: dict[str, Any] = {"launch_pdl": True}
 _PROMPT: dict[str, Any] = {}
 
 
-class FusedRwkv7:
-    """Implements `kernels.rwkv7.Rwkv7`. The joint matrices replace the packed ones, which are views of them then."""
+class FusedRwkv7(Rwkv7):
+    """The joint matrices replace the packed ones, which are views of them then."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
         self._weights = weights

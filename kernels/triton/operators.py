@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from kernels import eager
@@ -88,16 +86,8 @@ def wkv7(
     return run(*per_token, k_k, k_a, r_k, ln_weight, ln_bias, eps, state, slots, starts)
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: Sequence[float],
-    top_k: Sequence[int],
-    top_p: Sequence[float],
-    min_p: Sequence[float],
-    uniform: Sequence[float],
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, rules: torch.Tensor) -> torch.Tensor:
     """See `kernels.sample`."""
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
-        return eager.sample(logits, temperature, top_k, top_p, min_p, uniform)
-    rows = sampling.SamplingRows.from_host(temperature, top_k, top_p, min_p, uniform, logits.device)
-    return sampling.sample_rows(logits, rows)
+        return eager.sample(logits, rules)
+    return sampling.sample_rows(logits, sampling.SamplingRows.from_host(rules, logits.device))

@@ -14,7 +14,6 @@ that do not truncate leave the second to sixth at once, greedy ones the seventh,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -321,23 +320,10 @@ class SamplingRows:
     uniform: torch.Tensor  # [R] float64
 
     @classmethod
-    def from_host(
-        cls,
-        temperature: Sequence[float],
-        top_k: Sequence[int],
-        top_p: Sequence[float],
-        min_p: Sequence[float],
-        uniform: Sequence[float],
-        device: torch.device,
-    ) -> SamplingRows:
-        """Return parameters that the host has, on `device`."""
-        return cls(
-            torch.tensor(temperature, dtype=torch.float32, device=device),
-            torch.tensor(top_k, dtype=torch.int32, device=device),
-            torch.tensor(top_p, dtype=torch.float64, device=device),
-            torch.tensor(min_p, dtype=torch.float32, device=device),
-            torch.tensor(uniform, dtype=torch.float64, device=device),
-        )
+    def from_host(cls, rules: torch.Tensor, device: torch.device) -> SamplingRows:
+        """Return the parameters of `kernels.sample` on `device`."""
+        temperature, top_k, top_p, min_p, uniform = rules.T.contiguous().to(device)
+        return cls(temperature.float(), top_k.int(), top_p, min_p.float(), uniform)
 
 
 def sample_rows(logits: torch.Tensor, rows: SamplingRows, **launch: bool) -> torch.Tensor:

@@ -152,10 +152,10 @@ def sampling(rounds: int) -> dict[str, dict[str, float]]:
     found = {}
     for size in BATCH_SIZES:
         logits = torch.randn(size, V) * 3
-        rows = [[0.96] * size, [32] * size, [0.76] * size, [0.0] * size, [0.5] * size]
+        rules = torch.tensor([[0.96, 32, 0.76, 0.0, 0.5]] * size, dtype=torch.float64)
 
-        def run(i: int, logits: torch.Tensor = logits, rows: list[list[float]] = rows) -> None:
-            kernels.sample(logits, *rows)  # type: ignore[arg-type]
+        def run(i: int, logits: torch.Tensor = logits, rules: torch.Tensor = rules) -> None:
+            kernels.sample(logits, rules)
 
         seconds = side_by_side({"compiled": Way(run, True), "pytorch": Way(run)}, rounds, 3)
         found[str(size)] = {way: round(value * 1e3, 3) for way, value in seconds.items()}

@@ -146,6 +146,7 @@ def test_sample_says_which_rows_are_no_distribution() -> None:
     logits = torch.zeros(4, 33)
     logits[0, 7], logits[1, 32], logits[2, :32] = torch.nan, torch.inf, -torch.inf
     for temperature in (0.0, 1.0):
-        ids = kernels.sample(logits, [temperature] * 4, [0, 5, 0, 5], [1.0, 1.0, 0.5, 0.5], [0.0] * 4, [0.2] * 4)
+        rules = [[temperature, top_k, top_p, 0, 0.2] for top_k, top_p in ((0, 1), (5, 1), (0, 0.5), (5, 0.5))]
+        ids = kernels.sample(logits, torch.tensor(rules, dtype=torch.float64))
         assert ids[:3].tolist() == [-1, -1, 32]
         assert ids[3] >= 0

@@ -146,15 +146,22 @@ void rwkv7_forward(Member& me, const Rwkv7Call& call) {
     });
 }
 
+Rwkv7HeadBuffers Rwkv7HeadBuffers::lay_out(Arena& arena, const sostenuto_rwkv7_model& model, int64_t num_rows) {
+    const int32_t format = model.head.format;
+    const Rows normal = arena.rows(num_rows, model.width, readable_by(format));
+    return {normal, format == SOSTENUTO_INT8 ? arena.quantised(num_rows, model.width) : Rows{}};
+}
+
 void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_rows, const Rows& hidden,
-                  const Rows& normal, const Rows& quantised, const Rows& logits) {
+                  const Rwkv7HeadBuffers& buffers, const Rows& logits) {
+    const Rows& normal = buffers.normal;
     me.share(num_rows, [&](int64_t row) {
         layer_norm(hidden, row, model.width, model.ln_out, normal, row);
         zero_padding(normal, row, model.width);
     });
     Output to{logits};
     to.streams = num_rows * model.vocab_size >= kStreamedLogits && is_in_lines(logits);
-    const Product product{normal, model.head, to, quantised};
+    const Product product{normal, model.head, to, buffers.quantised};
     multiply(me, &product, 1, num_rows);
 }
 

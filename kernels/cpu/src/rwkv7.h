@@ -1,4 +1,4 @@
-// An RWKV-7 model in two calls, so that nothing but arithmetic lies between two operators.
+// An RWKV-7 model in two functions, so that nothing but arithmetic lies between two operators.
 
 #pragma once
 
@@ -34,8 +34,15 @@ struct Rwkv7Call {
 
 void rwkv7_forward(Member& me, const Rwkv7Call& call);
 
-// `normal` and, for int8, `quantised` are room for the rows that the head reads.
+// Rows that the head reads.
+struct Rwkv7HeadBuffers {
+    Rows normal;     // [R, C]
+    Rows quantised;  // for int8 weights
+
+    static Rwkv7HeadBuffers lay_out(Arena& arena, const sostenuto_rwkv7_model& model, int64_t num_rows);
+};
+
 void rwkv7_logits(Member& me, const sostenuto_rwkv7_model& model, int64_t num_rows, const Rows& hidden,
-                  const Rows& normal, const Rows& quantised, const Rows& logits);
+                  const Rwkv7HeadBuffers& buffers, const Rows& logits);
 
 }  // namespace sostenuto

@@ -155,13 +155,14 @@ int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scra
     const int64_t V = s.vocab_size;
     const float most = greatest(logits, V);
     if (!std::isfinite(most)) return -1;
-    const float temperature = s.temperature[row];
+    const sostenuto_sampling_rule& rule = s.rules[row];
+    const float temperature = static_cast<float>(rule.temperature);
     if (temperature == 0) return first_index(logits, V, most);
 
     exponentials(logits, V, most, 1, scratch.likelihoods);
-    float cutoff = s.min_p[row];  // the most likely token's likelihood is 1
-    const int64_t top_k = s.top_k[row] > 0 ? s.top_k[row] : V;
-    const double top_p = s.top_p[row];
+    float cutoff = static_cast<float>(rule.min_p);  // the most likely token's likelihood is 1
+    const int64_t top_k = rule.top_k > 0 ? static_cast<int64_t>(rule.top_k) : V;
+    const double top_p = rule.top_p;
     if (top_k < V || top_p < 1) {
         const double total = keep_likely(scratch.likelihoods, scratch.likelihoods, V, 0, scratch.sums);
         cutoff = std::max(cutoff, truncation(scratch, V, top_k, top_p < 1 ? top_p * total : 2 * total));
@@ -172,7 +173,7 @@ int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scra
         exponentials(logits, V, most, std::min(1 / temperature, 1e30f), weights);
     }
     const double total = keep_likely(weights, scratch.likelihoods, V, cutoff, scratch.sums);
-    return find(weights, scratch.sums, V, s.uniform[row] * total);
+    return find(weights, scratch.sums, V, rule.uniform * total);
 }
 
 }  // namespace

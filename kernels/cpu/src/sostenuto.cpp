@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <exception>
+#include <limits>
+#include <vector>
 
 #include "linear.h"
 #include "logprobs.h"
@@ -183,13 +185,48 @@ int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_mode
 void sostenuto_rwkv7_logits(sostenuto_team* team, const sostenuto_rwkv7_model* model, int64_t num_rows,
                             const sostenuto_rows* hidden, float* logits) {
     Guard guard(team->lock);
-    Rows normal, quantised;
+    Rwkv7HeadBuffers buffers;
     const auto lay_out = [&](Arena arena) {
-        normal = arena.rows(num_rows, model->width, readable_by(model->head.format));
-        if (model->head.format == SOSTENUTO_INT8) quantised = arena.quantised(num_rows, model->width);
+        buffers = Rwkv7HeadBuffers::lay_out(arena, *model, num_rows);
         return arena.used();
     };
     lay_out(Arena(team->arena(lay_out(Arena()))));
     const Rows output{logits, model->head.out, SOSTENUTO_FLOAT32};
-    team->run([&](Member& me) { rwkv7_logits(me, *model, num_rows, *hidden, normal, quantised, output); });
+    team->run([&](Member& me) { rwkv7_logits(me, *model, num_rows, *hidden, buffers, output); });
+}
+
+int32_t sostenuto_rwkv7_step(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,
+                             const int64_t* token_ids, const sostenuto_states* wkv, const sostenuto_states* shift,
+                             int64_t num_forbidden, const int64_t* forbidden_ids,
+                             const sostenuto_sampling_rule* rules, int64_t* sampled) {
+    const int64_t num_rows = batch->num_sequences, V = model->head.out;
+    if (!in_range(token_ids, batch->num_tokens, model->vocab_size) ||
+        !in_range(batch->slots, num_rows, wkv->num_slots) || !in_range(forbidden_ids, num_forbidden, V))
+        return 1;
+    Guard guard(team->lock);
+    std::vector<int64_t> last(num_rows);
+    for (int64_t i = 0; i < num_rows; ++i) last[i] = batch->starts[i + 1] - 1;
+    Rwkv7Call call{*model, *batch, token_ids, *wkv, *shift, num_rows, last.data(), {}, {}};
+    Rwkv7HeadBuffers head;
+    Rows logits;
+    const auto lay_out = [&](Arena arena) {
+        call.buffers = Rwkv7Buffers::lay_out(arena, *model, batch->num_tokens);
+        call.hidden = arena.rows(num_rows, model->width, SOSTENUTO_FLOAT32);
+        head = Rwkv7HeadBuffers::lay_out(arena, *model, num_rows);
+        logits = arena.rows(num_rows, V, SOSTENUTO_FLOAT32);
+        return arena.used();
+    };
+    lay_out(Arena(team->arena(lay_out(Arena()))));
+    float* values = static_cast<float*>(logits.data);
+    const sostenuto_sampling sampling{num_rows, V, logits.stride, values, rules, sampled};
+    team->run([&](Member& me) {
+        rwkv7_forward(me, call);
+        rwkv7_logits(me, *model, num_rows, call.hidden, head, logits);
+        me.share(num_rows, [&](int64_t row) {
+            for (int64_t i = 0; i < num_forbidden; ++i)
+                values[row * logits.stride + forbidden_ids[i]] = -std::numeric_limits<float>::infinity();
+        });
+        sample(me, sampling);
+    });
+    return 0;
 }

@@ -94,15 +94,20 @@ typedef struct {
     sostenuto_matrix head;
 } sostenuto_rwkv7_model;
 
+/* How to draw from a row: all of them doubles, so that a table of rows is an array. */
+typedef struct {
+    double temperature; /* 0: the most likely token, the lowest id among equals */
+    double top_k;       /* 0: all */
+    double top_p;
+    double min_p;
+    double uniform; /* in [0, 1) */
+} sostenuto_sampling_rule;
+
 /* Rows of logits [num_rows, vocab_size], rows `stride` apart, and for each row how to draw; token_ids is written. */
 typedef struct {
     int64_t num_rows, vocab_size, stride;
     const float* logits;
-    const float* temperature; /* 0: the most likely token, the lowest id among equals */
-    const int64_t* top_k;     /* 0: all */
-    const double* top_p;
-    const float* min_p;
-    const double* uniform; /* in [0, 1) */
+    const sostenuto_sampling_rule* rules;
     int64_t* token_ids;
 } sostenuto_sampling;
 
@@ -163,6 +168,12 @@ int32_t sostenuto_rwkv7_forward(sostenuto_team* team, const sostenuto_rwkv7_mode
 /* logits[num_rows, V] float32 for hidden rows. */
 void sostenuto_rwkv7_logits(sostenuto_team* team, const sostenuto_rwkv7_model* model, int64_t num_rows,
                             const sostenuto_rows* hidden, float* logits);
+/* Both, and then a token for every sequence, by its rule: sampled[num_sequences]. None is among the forbidden ids.
+ * Returns 0; or 1, having done nothing, if an index is out of range. */
+int32_t sostenuto_rwkv7_step(sostenuto_team* team, const sostenuto_rwkv7_model* model, const sostenuto_batch* batch,
+                             const int64_t* token_ids, const sostenuto_states* wkv, const sostenuto_states* shift,
+                             int64_t num_forbidden, const int64_t* forbidden_ids,
+                             const sostenuto_sampling_rule* rules, int64_t* sampled);
 
 #pragma GCC visibility pop
 

@@ -48,8 +48,8 @@ def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBOD
             batch = InputBatch(batch.token_ids, slots[has_tokens], starts, batch.output_rows)
             logits = model.logits(model.forward(batch, pool))
             logits.index_fill_(1, forbidden_ids, -torch.inf)
-            parameters = [fields[name].tolist() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
-            return kernels.sample(logits, *parameters).masked_fill_(is_padding, NOTHING_SAMPLED)
+            rules = [fields[name].double() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+            return kernels.sample(logits, torch.stack(rules, dim=1)).masked_fill_(is_padding, NOTHING_SAMPLED)
 
     return step
 

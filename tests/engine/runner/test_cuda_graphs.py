@@ -12,7 +12,6 @@ from engine.messages import SamplingParams
 from engine.models.load import load_model
 from engine.models.rwkv7 import RWKV7
 from engine.runner.cuda_graphs import DecodeGraphs, DecodeRow, buckets_for, mixed_sizes_for
-from engine.runner.graph_runner import is_plain
 from engine.runner.model_runner import TorchModelRunner
 from engine.runner.plan import Chunk, ChunkOutput, StepPlan
 from engine.state.pool import StatePool
@@ -155,15 +154,15 @@ def test_a_broken_row_fails_alone_in_a_graph(model: RWKV7) -> None:
 )
 def test_sampling_that_a_graph_does_not_know_is_no_plain_decode(changes: dict[str, object]) -> None:
     """Such steps run as they do everywhere."""
-    assert is_plain(Chunk(0, [1], sampling=params(1)))
-    assert not is_plain(Chunk(0, [1], sampling=structs.replace(params(1), **changes)))
+    assert Chunk(0, [1], sampling=params(1)).is_plain
+    assert not Chunk(0, [1], sampling=structs.replace(params(1), **changes)).is_plain
 
 
 def test_chunks_that_ask_for_more_than_a_token_are_not_plain() -> None:
     """Prompts are, but not what is asked about them, nor ids that may not come yet."""
-    assert is_plain(Chunk(0, [1, 2], sampling=params(1)))
-    assert not is_plain(Chunk(0, [1, 2], num_prompt_logprobs=0, target_ids=[2, None]))
-    assert not is_plain(Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False))
+    assert Chunk(0, [1, 2], sampling=params(1)).is_plain
+    assert not Chunk(0, [1, 2], num_prompt_logprobs=0, target_ids=[2, None]).is_plain
+    assert not Chunk(0, [1], sampling=params(1), stop_token_ids=(3,), may_stop=False).is_plain
 
 
 @pytest.mark.parametrize(("max_rows", "most"), [(1, 1), (3, 4), (64, 64), (65, 96), (5000, 1024)])

@@ -218,6 +218,40 @@ def test_no_tile_of_logits_is_larger_than_allowed(runner: TorchModelRunner, monk
     assert seen == [8, 8, 8, 6]
 
 
+def test_a_step_in_one_call_draws_what_its_parts_draw(runner: TorchModelRunner) -> None:
+    """Rows that want nothing but a token take a way of their own, unless one beside them wants more."""
+    plain = [
+        Chunk(slot, [slot + 1, 7][: 1 + slot % 2], sampling=SamplingParams(seed=slot, **params), position=50 + slot)
+        for slot, params in enumerate(
+            [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5}, {"temperature": 2.0, "min_p": 0.1}]
+        )
+    ]
+    more = Chunk(4, [3], sampling=SamplingParams(seed=4, num_logprobs=1))
+    for _ in range(3):
+        alone = step(runner, *plain)
+        for chunk in plain:
+            runner.copy(chunk.slot, 5)  # what it left
+            runner.start(chunk.slot)
+            assert step(runner, chunk) == [alone[chunk.slot]]
+            assert torch.equal(runner.pool.wkv[5], runner.pool.wkv[chunk.slot])
+            runner.start(chunk.slot)
+        assert step(runner, *plain, more)[:-1] == alone
+        for chunk in plain:
+            runner.start(chunk.slot)
+
+
+def test_no_step_in_one_call_draws_a_forbidden_id(model: RWKV7) -> None:
+    """Not even if it is the most likely one."""
+    chunk = Chunk(0, [1, 2], sampling=GREEDY)
+    likeliest: list[int] = []
+    for _ in range(3):
+        runner = TorchModelRunner(model, 2, likeliest)
+        (output,) = step(runner, chunk)
+        assert output.token_id is not None
+        assert output.token_id not in likeliest
+        likeliest.append(output.token_id)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_poisoned_slot_fails_alone(runner: TorchModelRunner, poison: float) -> None:
     """NaN or infinity in one state fails that chunk, sampling or not, and the slot is good again after `start`."""
@@ -228,6 +262,10 @@ def test_a_poisoned_slot_fails_alone(runner: TorchModelRunner, poison: float) ->
     outputs = step(runner, Chunk(1, [1, 2], sampling=GREEDY), Chunk(0, [1, 2], sampling=GREEDY), Chunk(2, [1, 2]))
     assert [output.failed is not None for output in outputs] == [True, False, True]
     assert outputs[1] == expected[0]
+    runner.start(3)
+    outputs = step(runner, Chunk(1, [1, 2], sampling=GREEDY), Chunk(3, [1, 2], sampling=GREEDY))
+    assert [output.failed is not None for output in outputs] == [True, False]
+    assert outputs[1] == expected[0]
     runner.start(1)
     assert step(runner, Chunk(1, [1, 2], sampling=GREEDY)) == expected
 
@@ -236,6 +274,7 @@ def test_logits_that_are_not_finite_fail_their_row_alone(
     runner: TorchModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head that overflows for one row fails that chunk; its neighbour draws what it draws alone."""
+    not_plain = SamplingParams(seed=0, temperature=0, repetition_penalty=1.1)
     expected = step(runner, Chunk(3, [1, 2], sampling=GREEDY))
     logits = runner.model.logits
 
@@ -245,10 +284,10 @@ def test_logits_that_are_not_finite_fail_their_row_alone(
         return result
 
     monkeypatch.setattr(runner.model, "logits", overflow)
-    broken, sound = step(runner, Chunk(0, [3], sampling=GREEDY), Chunk(1, [1, 2], sampling=GREEDY))
+    broken, sound = step(runner, Chunk(0, [3], sampling=not_plain), Chunk(1, [1, 2], sampling=GREEDY))
     assert broken.failed is not None
     assert sound == expected[0]
-    assert step(runner, Chunk(2, [3], sampling=GREEDY))[0].failed is not None
+    assert step(runner, Chunk(2, [3], sampling=not_plain))[0].failed is not None
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ def draw(
     operators: Operators, logits: torch.Tensor, cases: list[tuple[float, int, float, float]], uniform: float
 ) -> list[int]:
     """Draw one token for each row, under its (temperature, top_k, top_p, min_p)."""
-    temperature, top_k, top_p, min_p = zip(*cases, strict=True)
-    ids: list[int] = operators.sample(logits, temperature, top_k, top_p, min_p, [uniform] * len(cases)).tolist()
+    rules = torch.tensor([(*case, uniform) for case in cases], dtype=torch.float64)
+    ids: list[int] = operators.sample(logits, rules).tolist()
     return ids
 
 

@@ -39,7 +39,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def draw(logits: torch.Tensor, cases: list[Case], uniforms: list[float], device: torch.device) -> list[int]:
     """Draw one token for each row, under its (temperature, top_k, top_p, min_p)."""
-    rows = sampling.SamplingRows.from_host(*zip(*cases, strict=True), uniforms, device)
+    rules = [(*case, uniform) for case, uniform in zip(cases, uniforms, strict=True)]
+    rows = sampling.SamplingRows.from_host(torch.tensor(rules, dtype=torch.float64), device)
     ids: list[int] = sampling.sample_rows(logits.to(device), rows).tolist()
     return ids
 
