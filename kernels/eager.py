@@ -21,6 +21,8 @@ TILE_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # of state copied out at once: 
 _HEAD = 256  # most likely tokens looked at before a whole row is sorted: nearly always enough for top_p
 
 _LOG_DECAY_BOUND = -math.exp(-0.5)  # RWKV-7: log w = -exp(-0.5) * sigmoid(dw), so w lies in (0.545, 1)
+_COLUMN_HASH, _ROW_HASH = 0x9E3779B1 - 2**32, 0x85EBCA6B - 2**32  # of 32 bits, as int32 has them
+_LOST_BITS = (1 << 13) - 1  # of a float32, that a float16 of its size does not have
 
 
 def _sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -183,9 +185,21 @@ def _advance(S: torch.Tensor, now: torch.Tensor, kept_as: torch.dtype) -> torch.
     kk, w, r, v = now[:, 0], now[:, 1], now[:, 2], now[:, 5]
     removed_and_added = torch.stack([_matvec(S, kk), v], dim=2)
     S.mul_(w[:, None, :]).baddbmm_(removed_and_added, now[:, 3:5])
-    if kept_as != S.dtype:
-        S.copy_(S.to(kept_as))
+    if kept_as == torch.float16:
+        _round_to_half(S, now[:, 3:5], removed_and_added)
     return _matvec(S, r)
+
+
+def _round_to_half(S: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> None:
+    """Round `S[M, N, N]` in place to one of the two neighbours in float16, the nearer one more often.
+
+    The bits of what a token removes and adds decide, `columns[M, 2, N]` and `rows[M, N, 2]`: see `kernels/README.md`.
+    """
+    of_columns = columns.view(torch.int32).sum(dim=1, dtype=torch.int32) * _COLUMN_HASH
+    of_rows = rows.view(torch.int32).sum(dim=2, dtype=torch.int32) * _ROW_HASH
+    dither = (of_columns[:, None, :] + of_rows[:, :, None]).bitwise_right_shift_(19).bitwise_and_(_LOST_BITS)
+    dither.add_(S.view(torch.int32)).bitwise_and_(~_LOST_BITS)
+    S.copy_(torch.where(S.isnan(), S, dither.view(torch.float32)).half())
 
 
 def _matvec(S: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

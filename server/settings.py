@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field("auto", description="of the weights")
     state_dtype: Literal["float32", "float16"] = Field(
-        "float32", description="of the states' matrices; float16 halves a state, at a loss that grows with its text"
+        "float32", description="of the states' matrices; float16 halves a state, at a small loss"
     )
     head_norm_eps: PositiveFloat | None = Field(
         None, description="epsilon of the heads' group norm; default: 1e-5 x head size"

@@ -5,8 +5,8 @@ in registers. Longer ones take four more: everything about a chunk that does not
 chunks at once (`solve_kernel`, partly token by token; `prepare_kernel`, the rest); the states, chunk after chunk
 (`scan_kernel`); and what follows the read-out (`finish_kernel`). Chunks are counted from a sequence's first token in
 the call, so a prompt cut at multiples of `CHUNK_LEN` gives the same bits however often it is cut. A lone token is the
-same in a batch of lone tokens and beside prompts. A float16 state is rounded after a lone token and after a chunk; what
-lies between is float32 always.
+same in a batch of lone tokens and beside prompts. A float16 state is rounded after a lone token, with dither, and after
+a chunk, to the nearest; what lies between is float32 always.
 
 Yang, Wang, Shen, Panda, Kim, "Parallelizing linear transformers with the delta rule over sequence length", 2024, for
 the chunked form; `kernels.chunked` has the letters used here, and the same with gradients.
@@ -35,6 +35,8 @@ OF_16_BITS = ("tf32", 4)
 FP_FUSION = False  # lone tokens: which products and sums become one instruction is the same beside prompts and alone
 
 _SOLVED = tl.constexpr(CHUNK_LEN // 4)  # rows of a block that is solved row by row
+_COLUMN_HASH, _ROW_HASH = tl.constexpr(0x9E3779B1 - 2**32), tl.constexpr(0x85EBCA6B - 2**32)  # as int32 has them
+_LOST_BITS = tl.constexpr((1 << 13) - 1)  # of a float32, that a float16 of its size does not have
 _LOG_DECAY_BOUND = tl.constexpr(-math.exp(-0.5))  # log w = -exp(-0.5) * sigmoid(dw)
 
 
@@ -83,6 +85,21 @@ def _finish(y, read, key, value, gate, bonus_weight, norm_weight, norm_bias, eps
 
 
 @triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _dithered(S, removal, key, removed, value):
+    """One of the two neighbours that each number has in float16, the nearer one more often (`kernels/README.md`)."""
+    of_columns = (_bits(removal) + _bits(key)) * _COLUMN_HASH
+    of_rows = (_bits(removed) + _bits(value)) * _ROW_HASH
+    dither = ((of_columns[None, :] + of_rows[:, None]) >> 19) & _LOST_BITS
+    dither = tl.where(S == S, dither, 0)  # or NaN with all bits set would be followed by zero
+    return ((_bits(S) + dither) & ~_LOST_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def step_kernel(
     r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, state, slots, starts, out,
     state_stride, C, eps, N: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, IS_MIXED: tl.constexpr,
@@ -115,6 +132,8 @@ def step_kernel(
         w = tl.exp(_LOG_DECAY_BOUND * _sigmoid(raw_decay))
         removed = tl.sum(S * kk[None, :], axis=1)
         S = S * w[None, :] - removed[:, None] * removal[None, :] + value[:, None] * key[None, :]
+        if state.dtype.element_ty == tl.float16:
+            S = _dithered(S, -removal, key, removed, value)
         kept = S.to(state.dtype.element_ty)
         tl.store(tile, kept)
         y = tl.sum(kept.to(tl.float32) * read[None, :], axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,14 @@ def test_wkv7_keeps_float16_states(random: torch.Generator) -> None:
     assert torch.equal(result, torch.cat(alone))
     assert torch.equal(after, case.state)
     assert not torch.equal(after, before)
+
+
+def test_a_float16_state_decays_however_slowly(random: torch.Generator) -> None:
+    """Rounded to the nearest it would stay as it is."""
+    case = WkvCase(random, 256, v_first=False)
+    case.only_decays()
+    case.run(kernels.wkv7, slice(None), SLOTS[:1], [256])
+    assert float(case.state[SLOTS[0]].float().mean()) == pytest.approx(1.5 * math.exp(-(2**-4)), rel=2e-3)
 
 
 def test_wkv7_leaves_other_slots_alone(random: torch.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,15 @@ class WkvCase:
             starts_of(lengths).to(device),
             **options,
         )
+
+    def only_decays(self) -> None:
+        """Let tokens do nothing but multiply a float16 state of 1.5 by 1 - 2^-12: less than half a last place."""
+        self.v.zero_()
+        if self.v_first is not None:
+            self.v_first.zero_()
+        self.a.fill_(1e-20)
+        self.decay.fill_(math.log(2**-12 / math.exp(-0.5)))  # of a sigmoid that is small
+        self.state = torch.full_like(self.state, 1.5, dtype=torch.float16)
 
     @property
     def _per_token(self) -> tuple[torch.Tensor | None, ...]:

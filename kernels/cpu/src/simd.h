@@ -52,6 +52,7 @@ constexpr bool kHasTiles = false;
 
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * W), may_alias));  // wraps around
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -268,17 +269,22 @@ static inline void store_first(half* p, vec v, int64_t n) {
 
 static inline void store(half* p, vec v) { store_first(p, v, W); }
 
-// What is left of v when it is kept as such numbers.
+// What is left of v when it is kept as such numbers: as a half, one of its two neighbours, the nearer one more often.
+// The upper bits of `dither` say which, so that a number which changes by less than half a step, token after token,
+// changes as much as it should on average. Of subnormal numbers the smaller ones take the nearest.
 template <typename Value>
-vec kept_as(vec v);
+vec kept_as(vec v, ivec dither);
 
 template <>
-inline vec kept_as<float>(vec v) {
+inline vec kept_as<float>(vec v, ivec) {
     return v;
 }
 
 template <>
-inline vec kept_as<half>(vec v) {
+inline vec kept_as<half>(vec v, ivec dither) {
+    constexpr int32_t kLost = (1 << 13) - 1;  // bits of a float that a half of its size does not have
+    const ivec either = ((ivec)v + (dither >> 19 & kLost)) & ~kLost;
+    v = v == v ? (vec)either : v;  // what is no number stays none
 #if defined(SOSTENUTO_AVX512)
     return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(SOSTENUTO_F16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -47,6 +48,20 @@ def test_a_state_may_be_float16(random: torch.Generator, device: torch.device) -
     case = WkvCase(random, 4, True, 2, 16, device)
     case.state = case.state.half()
     check(case, [1] * 4, 2e-3)
+
+
+def test_a_float16_state_decays_however_slowly(random: torch.Generator, device: torch.device) -> None:
+    """Token by token; rounded to the nearest it would stay as it is. NaN stays NaN, whatever its bits."""
+    case = WkvCase(random, 64, False, 1, 16, device)
+    case.only_decays()
+    for token in range(64):
+        case.run(wkv7.wkv7, slice(token, token + 1), SLOTS[:1], [1])
+    kept = case.state[SLOTS[0]].float()
+    assert float(kept.mean()) == pytest.approx(1.5 * math.exp(-(2**-6)), rel=2e-3)
+    assert kept.unique().numel() > 2
+    case.v[0, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    case.run(wkv7.wkv7, slice(1), SLOTS[:1], [1])
+    assert case.state[SLOTS[0], 0, 0].isnan().all()
 
 
 def test_prompts_may_have_float16_states(random: torch.Generator, device: torch.device) -> None:
