@@ -188,8 +188,9 @@ def wkv7(
     `r, k, v, gate, a [T, C]` of one dtype, `a` after its sigmoid; `decay[T, C]` float32 is the raw `dw`
     (`w = exp(-exp(-0.5) * sigmoid(dw))`). `v_first` and `value_mix` `[T, C]` are given from the second layer on:
     `v` becomes `v + (v_first - v) * value_mix` first. `k_k[C]`, `k_a[C]`, `r_k[H, N]` and the group norm's
-    `ln_weight[C]`, `ln_bias[C]` are float32. `state[S, H, N(value), N(key)]` float32 is advanced in place.
-    Returns `y * gate`, `[T, C]` of `gate`'s dtype; everything inside is float32.
+    `ln_weight[C]`, `ln_bias[C]` are float32. `state[S, H, N(value), N(key)]`, float32 or
+    float16, is advanced in place; how float16 is rounded is in `kernels/README.md`. Returns `y * gate`, `[T, C]` of
+    `gate`'s dtype; everything inside is float32.
     """
     result: torch.Tensor = _ops.wkv7.default(
         r,

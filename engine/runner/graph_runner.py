@@ -81,8 +81,9 @@ class GraphModelRunner(TorchModelRunner):
 
     def _is_row(self, chunk: Chunk) -> bool:
         """Say whether a chunk can be a row of a graph; one with an impossible id is told so elsewhere."""
-        are_known = self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
-        return chunk.is_plain and bool(chunk.token_ids) and are_known
+        if not chunk.token_ids or not chunk.is_plain:
+            return False
+        return self._knows(chunk.token_ids) and self._knows(chunk.stop_token_ids)
 
 
 class GraphLaunch:

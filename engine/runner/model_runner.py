@@ -208,8 +208,8 @@ class TorchModelRunner:
         hidden = self.model.forward(batch, self.pool)
         for chunk in chunks:
             self._penalties.consume(chunk.slot, chunk.token_ids[chunk.num_replayed :])
-        last = hidden if hidden.shape[0] == len(chunks) else hidden[: len(chunks)]
-        prompt_logprobs = self._prompt_logprobs(hidden, chunks)
+        last, of_targets = hidden[: len(chunks)], hidden[len(chunks) :]
+        prompt_logprobs = self._prompt_logprobs(of_targets, chunks)
         sampled = self._sample(last, chunks, [row.allowed for row in rows])
         is_sound = self._is_sound(last, chunks, sampled)
         outputs = []
@@ -279,11 +279,11 @@ class TorchModelRunner:
     def _prompt_logprobs(
         self, hidden: torch.Tensor, chunks: Sequence[Chunk]
     ) -> list[list[TokenLogprobs | None] | None]:
-        """Return what each chunk asked about its targets; after a row a chunk, `hidden` has those before them."""
+        """Return what each chunk asked about its targets; `hidden[R, C]` are the rows before them, in order."""
         if all(chunk.num_prompt_logprobs is None for chunk in chunks):
             return [None] * len(chunks)
         asked = [(target, chunk.num_prompt_logprobs or 0) for chunk in chunks for _, target in targets_of(chunk)]
-        found = self._target_logprobs(hidden[len(chunks) :], asked)
+        found = self._target_logprobs(hidden, asked)
         reported: list[list[TokenLogprobs | None] | None] = []
         for chunk in chunks:
             if chunk.num_prompt_logprobs is None or chunk.target_ids is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from ctypes import byref
 from typing import TYPE_CHECKING
 
@@ -53,22 +54,10 @@ class FusedRwkv7:
         output_rows: torch.Tensor,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows; raises `IndexError` before anything is changed."""
-        team = self._operators.team
         num_outputs = output_rows.shape[0]
         hidden = torch.empty(num_outputs, self._width)
-        failed = team.library.sostenuto_rwkv7_forward(
-            team.handle,
-            byref(self._model),
-            byref(library.batch(slots, starts, token_ids.shape[0])),
-            token_ids.data_ptr(),
-            byref(library.states(wkv, layers=True)),
-            byref(library.states(shift, layers=True)),
-            num_outputs,
-            output_rows.data_ptr(),
-            hidden.data_ptr(),
-        )
-        if failed:
-            raise IndexError("a token id, slot or output row is out of range")
+        run = self._operators.team.library.sostenuto_rwkv7_forward
+        self._consume(run, token_ids, wkv, shift, slots, starts, num_outputs, output_rows.data_ptr(), hidden.data_ptr())
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -92,23 +81,36 @@ class FusedRwkv7:
         rules: torch.Tensor,
     ) -> torch.Tensor:
         """Consume tokens, advance states, draw tokens; raises `IndexError` before anything is changed."""
-        team = self._operators.team
-        sampled = torch.empty(slots.shape[0], dtype=torch.int64)
-        failed = team.library.sostenuto_rwkv7_step(
-            team.handle,
+        num_rows = slots.shape[0]
+        sampled = torch.empty(num_rows, dtype=torch.int64)
+        forbidden = forbidden_ids.shape[0], forbidden_ids.data_ptr()
+        rules_at = library.sampling_rules(rules, num_rows)
+        run = self._operators.team.library.sostenuto_rwkv7_step
+        self._consume(run, token_ids, wkv, shift, slots, starts, *forbidden, rules_at, sampled.data_ptr())
+        return sampled
+
+    def _consume(
+        self,
+        run: Callable[..., int],
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        *more: int,
+    ) -> None:
+        """Call `run` with what both functions that consume tokens take first, and `more`."""
+        failed = run(
+            self._operators.team.handle,
             byref(self._model),
             byref(library.batch(slots, starts, token_ids.shape[0])),
             token_ids.data_ptr(),
             byref(library.states(wkv, layers=True)),
             byref(library.states(shift, layers=True)),
-            forbidden_ids.shape[0],
-            forbidden_ids.data_ptr(),
-            rules.data_ptr(),
-            sampled.data_ptr(),
+            *more,
         )
         if failed:
-            raise IndexError("a token id or slot is out of range")
-        return sampled
+            raise IndexError("a token id, slot, output row or forbidden id is out of range")
 
 
 class Memory:

@@ -6,7 +6,7 @@ Nothing is checked on the other side of the border, so everything is checked her
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -121,6 +121,12 @@ class Rwkv7Model(Structure):
     ]
 
 
+class SamplingRule(Structure):
+    """How to draw from a row; several are a table of doubles."""
+
+    _fields_ = [(name, c_double) for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+
+
 class Sampling(Structure):
     """Rows of logits, and for each how to draw."""
 
@@ -151,6 +157,8 @@ class Logprobs(Structure):
         ("top_ids", c_void_p),
     ]
 
+
+_CONSUMED = (c_void_p, POINTER(Rwkv7Model), POINTER(Batch), c_void_p, POINTER(States), POINTER(States))
 
 _SIGNATURES = {
     "sostenuto_team_create": (c_void_p, [c_int32]),
@@ -183,35 +191,8 @@ _SIGNATURES = {
     "sostenuto_relu_squared": (None, [c_void_p, c_int64, c_int64, POINTER(Rows), POINTER(Rows)]),
     "sostenuto_sample": (None, [c_void_p, POINTER(Sampling)]),
     "sostenuto_report_logprobs": (None, [c_void_p, POINTER(Logprobs)]),
-    "sostenuto_rwkv7_forward": (
-        c_int32,
-        [
-            c_void_p,
-            POINTER(Rwkv7Model),
-            POINTER(Batch),
-            c_void_p,
-            POINTER(States),
-            POINTER(States),
-            c_int64,
-            c_void_p,
-            c_void_p,
-        ],
-    ),
-    "sostenuto_rwkv7_step": (
-        c_int32,
-        [
-            c_void_p,
-            POINTER(Rwkv7Model),
-            POINTER(Batch),
-            c_void_p,
-            POINTER(States),
-            POINTER(States),
-            c_int64,
-            c_void_p,
-            c_void_p,
-            c_void_p,
-        ],
-    ),
+    "sostenuto_rwkv7_forward": (c_int32, [*_CONSUMED, c_int64, c_void_p, c_void_p]),
+    "sostenuto_rwkv7_step": (c_int32, [*_CONSUMED, c_int64, c_void_p, c_void_p, c_void_p]),
     "sostenuto_rwkv7_logits": (None, [c_void_p, POINTER(Rwkv7Model), c_int64, POINTER(Rows), c_void_p]),
 }
 
@@ -265,6 +246,14 @@ def floats(tensor: torch.Tensor) -> int:
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous()
     return tensor.data_ptr()
+
+
+def sampling_rules(table: torch.Tensor, num_rows: int) -> int:
+    """Return the address of the rules of so many rows."""
+    assert table.shape == (num_rows, len(SamplingRule._fields_))
+    assert table.dtype == torch.float64
+    assert table.is_contiguous()
+    return table.data_ptr()
 
 
 def norm(weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:

@@ -166,9 +166,15 @@ class Operators:
         if not self.enabled or logits.dtype != torch.float32:
             return eager.sample(logits, rules)
         logits = _readable(logits)
-        token_ids = torch.empty(logits.shape[0], dtype=torch.int64)
+        num_rows, vocab_size = logits.shape
+        token_ids = torch.empty(num_rows, dtype=torch.int64)
         sampling = library.Sampling(
-            *logits.shape, logits.stride(0), logits.data_ptr(), rules.data_ptr(), token_ids.data_ptr()
+            num_rows,
+            vocab_size,
+            logits.stride(0),
+            logits.data_ptr(),
+            library.sampling_rules(rules, num_rows),
+            token_ids.data_ptr(),
         )
         self.team.library.sostenuto_sample(self.team.handle, byref(sampling))
         return token_ids

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from tests.benchmarks.engine_bench import EngineBench, Settings
@@ -28,6 +27,8 @@ from tests.benchmarks.start_bench import StartBench
 from tests.benchmarks.synthetic_model import ensure_model
 from tests.benchmarks.turns_bench import TurnBench
 
+SECTIONS = ("engine", "ratios", "sse", "turns", "start", "peers")
+
 
 def main() -> None:
     """Measure, print a table, print one JSON line."""
@@ -37,16 +38,15 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=0, help="engine threads; 0: PyTorch's choice")
     parser.add_argument("--quick", action="store_true", help="short contexts and few rounds: to see that it works")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="only these")
     options = parser.parse_args()
     settings = Settings.quick() if options.quick else Settings()
     model = ensure_model(options.cache)
     with tempfile.TemporaryDirectory(prefix="sostenuto-bench-") as name:
         directory = Path(name)
-        # 64 streams over HTTP take as long as anything here: half as many tokens are enough for a ratio.
-        of_ratios = replace(settings, decode_tokens=settings.decode_tokens // 2)
         sections: dict[str, Callable[[], Mapping[str, object]]] = {
             "engine": lambda: asyncio.run(EngineBench(model, directory, options.threads, settings).run()),
-            "ratios": lambda: asyncio.run(RatioBench(model, directory, options.threads, of_ratios).run()),
+            "ratios": lambda: asyncio.run(RatioBench(model, directory, options.threads, settings).run()),
             "sse": SseBench(SseSettings(rounds=settings.rounds)).run,
             "turns": TurnBench(directory, settings.rounds).run,
             "start": StartBench(directory, settings.rounds).run,
@@ -56,7 +56,8 @@ def main() -> None:
         }
         results: dict[str, object] = {}
         seconds: dict[str, float] = {}
-        for section, run in sections.items():
+        for section in options.sections or sections:
+            run = sections[section]
             started_at = time.perf_counter()
             results |= run()
             seconds[section] = round(time.perf_counter() - started_at, 1)

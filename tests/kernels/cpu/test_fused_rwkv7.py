@@ -1,4 +1,4 @@
-"""A model in two calls: the same numbers as one operator after the other."""
+"""A model in one or two calls: the same numbers as one operator after the other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kernels
 from kernels import Linear, LowRank, cpu
 from kernels.rwkv7 import (
     ChannelMixing,
@@ -97,6 +98,19 @@ class Model:
         self.poison()
         return torch.cat([hidden, rwkv7.logits(hidden)], dim=1)
 
+    def step(self, pool: torch.Tensor, forbidden_ids: list[int], rules: torch.Tensor) -> torch.Tensor:
+        """Advance `pool`, and return what is drawn after each sequence."""
+        self.poison()
+        return self.ways["fused"].step(
+            self.token_ids,
+            pool[:, : L * H * N * N].view(S, L, H, N, N),
+            pool[:, L * H * N * N :].view(S, L, 2, C),
+            torch.tensor(SLOTS),
+            torch.tensor([0, *LENGTHS]).cumsum(0),
+            torch.tensor(forbidden_ids, dtype=torch.int64),
+            rules,
+        )
+
 
 @pytest.fixture(autouse=True)
 def _compiled() -> Iterator[None]:
@@ -157,6 +171,34 @@ def test_an_index_out_of_range_changes_nothing(token_id: int, slot: int) -> None
     token_ids[7] = token_id
     with pytest.raises(IndexError):
         model.run("fused", pool, token_ids, [4, slot, 2])
+    assert torch.equal(pool, model.pool)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_step_draws_what_its_parts_draw(dtype: torch.dtype, int8: bool, temperature: float) -> None:
+    """Bit for bit, states and tokens, without what is forbidden: here what would have been drawn before."""
+    model = Model(dtype, int8)
+    rules = torch.tensor([[temperature, 0, 0.9, 0.0, uniform] for uniform in (0.1, 0.5, 0.9)], dtype=torch.float64)
+    expected_pool, forbidden_ids = model.pool.clone(), list[int]()
+    last = torch.tensor(LENGTHS).cumsum(0) - 1
+    logits = model.run("fused", expected_pool)[last, C:].contiguous()
+    for _ in range(3):
+        logits[:, forbidden_ids] = -torch.inf
+        expected, pool = kernels.sample(logits, rules), model.pool.clone()
+        assert torch.equal(model.step(pool, forbidden_ids, rules), expected)
+        assert torch.equal(pool, expected_pool)
+        forbidden_ids += [token_id for token_id in expected.tolist() if token_id not in forbidden_ids]
+
+
+@pytest.mark.parametrize("forbidden_id", [V, -1])
+def test_a_step_that_forbids_what_is_not_there_changes_nothing(forbidden_id: int) -> None:
+    """The caller hears of it."""
+    model = Model(torch.float32)
+    pool = model.pool.clone()
+    with pytest.raises(IndexError, match="forbidden id"):
+        model.step(pool, [forbidden_id], torch.ones(len(SLOTS), 5, dtype=torch.float64))
     assert torch.equal(pool, model.pool)
 
 
