@@ -117,9 +117,9 @@ class Archive:
         try:
             turn = await self._ledger.find_reply(pointer.log_id, response_id) if pointer.log_id else None
         except (ConversationNotFound, ConversationExpired):
-            if response.status in UNFINISHED or not is_hidden(pointer.log_id):
+            if not is_hidden(pointer.log_id):
                 raise ResponseNotFound(response_id) from None  # it went with its conversation
-            turn = None
+            turn = None  # the log was its own, and went when the response came to nothing
         if turn is not None:
             inputs = [msgspec.Raw(item.body) for item in turn.items[turn.num_carried :] if not item.answer_id]
             return Stored(pointer.log_id, _response_decoder.decode(turn.reply), inputs, turn)

@@ -13,13 +13,16 @@ from engine.launch import EngineThread
 from server.app import create_app
 from server.assembly import open_services
 from server.conversations.sqlite_ledger import SqliteLedger
+from server.generation import Generation
 from server.presence import KIND as SERVER_KIND
 from server.presence import Presence
+from server.rate_limits import Budget, Limits
 from server.responses.answering import Answering
 from server.responses.archive import KIND, Archive
 from server.schemas.responses import ResponseRequest
 from server.services import Services
 from server.settings import Settings
+from server.templates import TemplateError
 from tests.engine.stub_engine import StubEngine
 
 BACKGROUND = {"input": "Hello.", "background": True, "max_output_tokens": 8000, "ignore_eos": True}
@@ -65,6 +68,30 @@ async def test_a_response_that_is_refused_cannot_be_found(services: Services) ->
         assert [document.document_id for document in await ledger.documents(KIND)] == [taken]
         await http.delete(f"/v1/responses/{taken}")
     assert await ledger.documents(KIND) == []
+
+
+async def test_a_response_that_fails_can_be_found_all_the_while(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log goes before its failure is noted: in between it is in progress, as it was."""
+    seen: list[str] = []
+    discard = services.turns.discard
+    nothing = {"input": [{"role": "user", "content": " "}], "background": True}
+    answering = Answering(services, ResponseRequest.model_validate(nothing), "")
+
+    async def look() -> None:
+        seen.append((await services.archive.find("", answering.draft.response_id)).response.status)
+
+    async def discard_and_look(log_id: str) -> None:
+        await discard(log_id)
+        await look()
+
+    monkeypatch.setattr(services.turns, "discard", discard_and_look)
+    generation = Generation(services.drain, Budget(Limits()), answering.work)
+    with pytest.raises(TemplateError):
+        await generation.take()
+    await look()
+    assert seen == ["in_progress", "failed"]
 
 
 async def test_what_ended_while_the_ledger_was_gone_is_not_waited_for(services: Services) -> None:
