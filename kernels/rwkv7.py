@@ -99,6 +99,18 @@ class Rwkv7(Protocol):
         """Return `[R, V]` float32 for rows `hidden[R, C]` of the residual stream."""
         ...
 
+    def next_logits(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the `logits` of what `forward` returns."""
+        return self.logits(self.forward(token_ids, wkv, shift, slots, starts, output_rows))
+
     def step(
         self,
         token_ids: torch.Tensor,
@@ -113,7 +125,7 @@ class Rwkv7(Protocol):
 
         As `kernels.sample`, by `rules[B, 5]`, from logits in which `forbidden_ids` are impossible.
         """
-        logits = self.logits(self.forward(token_ids, wkv, shift, slots, starts, starts[1:] - 1))
+        logits = self.next_logits(token_ids, wkv, shift, slots, starts, starts[1:] - 1)
         logits.index_fill_(1, forbidden_ids, -torch.inf)
         return kernels.sample(logits, rules)
 

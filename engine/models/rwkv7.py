@@ -50,6 +50,11 @@ class RWKV7:
         """Consume the batch, advance its slots in `pool`, and return the hidden rows it asks for, `[R, C]` float32."""
         return self._rwkv7.forward(batch.token_ids, pool.wkv, pool.shift, batch.slots, batch.starts, batch.output_rows)
 
+    def next_logits(self, batch: InputBatch, pool: StatePool) -> torch.Tensor:
+        """Return the `logits` of what `forward` returns."""
+        rows = batch.output_rows
+        return self._rwkv7.next_logits(batch.token_ids, pool.wkv, pool.shift, batch.slots, batch.starts, rows)
+
     def step(
         self, batch: InputBatch, pool: StatePool, forbidden_ids: torch.Tensor, rules: torch.Tensor
     ) -> torch.Tensor:

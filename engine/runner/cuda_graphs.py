@@ -187,8 +187,9 @@ def _padded(stop_token_ids: tuple[int, ...]) -> npt.NDArray[np.int32]:
     return ids
 
 
-# Runs one step of a table (by field), given what rows of the last one sampled; returns what its rows do, -1 for none.
-DecodeStep = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+# Runs one step of a table (by field), given what rows of the last one sampled, which it replaces by what its own do, -1
+# for nothing.
+DecodeStep = Callable[[dict[str, torch.Tensor], torch.Tensor], None]
 
 
 class Graphs(Protocol):
@@ -325,10 +326,7 @@ class DecodeGraphs:
         self._table.data.copy_(self._host_tables[0].data)
         fields = self._table.first(size)
 
-        def run() -> None:
-            self._sampled[: size.num_rows].copy_(step(fields, self._sampled))
-
-        return self._graphs.record(run)
+        return self._graphs.record(lambda: step(fields, self._sampled))
 
 
 def _earlier_ids(rows: Sequence[DecodeRow]) -> list[int]:
@@ -355,18 +353,6 @@ def mixed_sizes_for(max_rows: int, max_tokens: int) -> list[Size]:
     return [Size(num_tokens, num_rows) for num_tokens in tokens for num_rows in rows if num_rows < num_tokens]
 
 
-def consumed(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> InputBatch:
-    """Return what a step consumes; the slot of a row whose source ended or sampled nothing is padding's."""
-    sources, starts = fields["sources"], fields["starts"]
-    last_tokens = starts[1:] - 1  # an empty row's is some other's, or padding's: its slot says that nobody looks at it
-    follows = sources >= 0
-    sampled = last_sampled.index_select(0, sources.clamp(min=0))
-    token_ids = torch.where(follows, sampled.clamp(min=0), fields["token_ids"])
-    may_end, ending = follows.index_select(0, last_tokens), sampled.index_select(0, last_tokens)
-    has_ended = may_end & ((ending < 0) | (ending[:, None] == fields["stop_ids"]).any(dim=1))
-    return InputBatch(token_ids, fields["slots"].masked_fill(has_ended, PADDING_SLOT), starts, last_tokens)
-
-
 def can_record(config: ModelConfig) -> bool:
     """Say whether the Triton operators, who alone know padding rows, run all of such a model."""
     from kernels.triton import shift_mix, wkv7
@@ -377,12 +363,16 @@ def can_record(config: ModelConfig) -> bool:
 def triton_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> DecodeStep:
     """Return the step on the Triton operators: the host reads nothing from the device and gives it no values."""
     from kernels.triton.sampling import SamplingRows, sample_rows
+    from kernels.triton.sources import consumed
 
-    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        batch = consumed(fields, last_sampled)
-        logits = model.logits(model.forward(batch, pool))
-        logits.index_fill_(1, forbidden_ids, -torch.inf)
+    def step(fields: dict[str, torch.Tensor], sampled: torch.Tensor) -> None:
+        token_ids, slots, last_tokens = consumed(
+            fields["sources"], fields["token_ids"], fields["starts"], fields["slots"], fields["stop_ids"], sampled
+        )
+        logits = model.next_logits(InputBatch(token_ids, slots, fields["starts"], last_tokens), pool)
+        if len(forbidden_ids):
+            logits.index_fill_(1, forbidden_ids, -torch.inf)
         parameters = (fields[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform"))
-        return sample_rows(logits, SamplingRows(*parameters)).masked_fill_(batch.slots < 0, NOTHING_SAMPLED)
+        sample_rows(logits, SamplingRows(*parameters), slots, sampled[: len(slots)], launch_pdl=True)
 
     return step

@@ -60,6 +60,18 @@ class FusedRwkv7:
         self._consume(run, token_ids, wkv, shift, slots, starts, num_outputs, output_rows.data_ptr(), hidden.data_ptr())
         return hidden
 
+    def next_logits(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens, advance states, return logits."""
+        return self.logits(self.forward(token_ids, wkv, shift, slots, starts, output_rows))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
         team = self._operators.team

@@ -1,4 +1,4 @@
-"""The kernels as a 1.5B model launches them, and what each may cost on sm_90. Nothing may spill.
+"""The kernels as a 1.5B model launches them, and what each may cost on sm_90. Nothing may spill where it matters.
 
 A budget is what was compiled, rounded up: more registers than that are a change somebody should have wanted.
 `wide_accesses` are those of states, rows or weights that must move 16 bytes a thread. Beside int8 weights these are all
@@ -13,7 +13,7 @@ from typing import Any
 
 import triton.language as tl
 
-from kernels.triton import linear, projections, residual, sampling, shift_mix, wkv7
+from kernels.triton import hopper, linear, packed, projections, residual, sampling, shift_mix, sources, wkv7
 
 C, F, H, N, V = 2048, 8192, 32, 64, 65536
 
@@ -26,6 +26,8 @@ class Budget:
     wide_accesses: int
     tensor_cores: str | None = None  # the shape that must be among its instructions
     narrow_copies: int | None = None  # None: whatever there is
+    bulk_copies: int = 0
+    spilled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def _linear(
     outputs: int, inputs: int, dtype: str, num_rows: int, registers: int, wide: int, cores: str | None, activation: str
 ) -> Variant:
     itemsize = _SIZES[dtype]
-    plan = linear.plan(outputs, inputs, itemsize)
+    plan = packed.plan(outputs, inputs, itemsize)
     tile = linear.tile(num_rows, itemsize, plan.split)
     options = tile.options(num_rows, inputs // plan.split, plan.tile_k)
     has_sums = tile.is_side_by_side and plan.split > 1
@@ -105,8 +107,8 @@ def _copies(options: Mapping[str, Any], block_k: int, itemsize: int) -> int:
 
 
 def _stride(inputs: int, itemsize: int) -> int:
-    tile_k = linear.plan(linear.PANEL, inputs, itemsize).tile_k
-    return linear.PANEL * (inputs + (tile_k if itemsize == 1 else 0))
+    tile_k = packed.plan(packed.PANEL, inputs, itemsize).tile_k
+    return packed.PANEL * (inputs + (tile_k if itemsize == 1 else 0))
 
 
 def _constants(options: Mapping[str, int]) -> dict[str, int]:
@@ -144,9 +146,68 @@ def _raise(num_rows: int, registers: int, cores: str) -> Variant:
     )
 
 
+def _brick(*sizes: int) -> str:
+    """Return the type of a matrix of which the copy engine takes bricks."""
+    return f"tensordesc<bf16{list(sizes)},{hopper.layout_of(len(sizes))!r}>"
+
+
+def _operands(tile: hopper.Tile, rows: str, weights: str) -> dict[str, str]:
+    return {
+        rows: _brick(tile.step, tile.block_t, hopper.TILE_K),
+        weights: _brick(tile.block_o // packed.PANEL, tile.step, packed.PANEL, hopper.TILE_K),
+    }
+
+
+def _on_hopper(
+    kernel: Any, types: Mapping[str, str], constants: Mapping[str, object], tile: hopper.Tile, budget: Budget
+) -> Variant:
+    options: dict[str, Any] = tile.options()
+    return Variant(kernel, {**_TYPES, **types}, {**constants, **_constants(options)}, budget, _launch(options))
+
+
+def _hopper_linear(outputs: int, inputs: int, num_rows: int, registers: int, cores: str, split: int = 1) -> Variant:
+    tile = hopper.tile(num_rows, split)
+    is_side_by_side = num_rows <= linear.MAX_ROWS_SIDE_BY_SIDE
+    types = {**_operands(tile, "rows", "weights"), "bias": "*fp32"}
+    types["out"] = "*fp32" if is_side_by_side and split > 1 else "*bf16"
+    constants: dict[str, object] = {"OUTPUTS": outputs, "K": inputs, "SPLIT": split}
+    constants |= {"IS_SIDE_BY_SIDE": is_side_by_side}
+    constants |= {"HAS_BIAS": False, "ACTIVATION": "none" if split > 1 else "relu_squared"}
+    constants |= {"STEP": tile.step, "STAGES": tile.stages}
+    return _on_hopper(hopper.linear_kernel, types, constants, tile, _streaming(tile, inputs, split, registers, cores))
+
+
+def _hopper_project(num_rows: int, registers: int, cores: str, spilled_bytes: int = 0) -> Variant:
+    tile = hopper.tile(num_rows)
+    types = {**_operands(tile, "mixes", "weights"), "hidden": "*bf16"}
+    constants = {"C": C, "WIDE": C, **_RANKS, "STEP": tile.step, "STAGES": tile.stages}
+    budget = replace(_streaming(tile, C, 1, registers, cores), spilled_bytes=spilled_bytes)
+    return _on_hopper(hopper.project_kernel, types, constants, tile, budget)
+
+
+def _streaming(tile: hopper.Tile, inputs: int, split: int, registers: int, cores: str) -> Budget:
+    """Two bricks a stage asked for before the loop, and in it, if there are more than these."""
+    num_stages = inputs // (tile.step * hopper.TILE_K)
+    if tile.block_t <= linear.MAX_ROWS_SIDE_BY_SIDE and split > 1:
+        num_stages //= split
+    bricks = 2 * min(tile.stages, num_stages) + (2 if num_stages > tile.stages else 0)
+    return Budget(registers, 1, cores, bulk_copies=bricks)
+
+
+def _hopper_raise(num_rows: int, registers: int, cores: str) -> Variant:
+    tile = hopper.raise_tile(num_rows)
+    types = {"hidden": _brick(tile.block_t, hopper.TILE_K), "weights": _brick(tile.block_o, hopper.TILE_K)}
+    # Of the four products: their weights, their rows, and the decay's rows again.
+    bricks = (2 * sum(_RANKS.values()) + _RANKS["DECAY"]) // hopper.TILE_K
+    budget = Budget(registers, 4, cores, bulk_copies=bricks)
+    return _on_hopper(hopper.raise_kernel, types, {"C": C, **_RANKS}, tile, budget)
+
+
 _BLOCK = {"BLOCK": sampling.BLOCK}
 _LIST = {"CANDIDATES": sampling.CANDIDATES}
 _BLOCKS = {**_BLOCK, "NUM_BLOCKS": V // sampling.BLOCK}
+_OF_ROW = {"NUM_SURVEYED": V // sampling.BLOCK, "NUM_BLOCKS": V // sampling.WEIGHED["BLOCK"]}
+_WEIGHED = {**_OF_ROW, **_constants(sampling.WEIGHED)}
 
 VARIANTS: Mapping[str, Variant] = {
     "wkv7 step": Variant(wkv7.step_kernel, _TYPES, _STEP, Budget(128, 8), _STEP_OPTIONS),
@@ -178,16 +239,16 @@ VARIANTS: Mapping[str, Variant] = {
         wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
     ),
     "shift_mix step, six mixes": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(80, 26), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_SIX}, Budget(64, 13), _PARTS_OPTIONS
     ),
     "shift_mix step, one mix": Variant(
-        shift_mix.step_kernel, _TYPES, {**_PARTS, **_ONE}, Budget(64, 15), _PARTS_OPTIONS
+        shift_mix.step_kernel, _TYPES, {**_PARTS, **_ONE}, Budget(56, 10), _PARTS_OPTIONS
     ),
     "shift_mix prefill": Variant(
         shift_mix.prefill_kernel,
         _TYPES,
-        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024},
-        Budget(80, 22),
+        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024, "TOKENS": shift_mix.TOKENS, "BLOCK": 1024},
+        Budget(128, 22),
         _PARTS_OPTIONS,
     ),
     "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(64, 10), _PARTS_OPTIONS),
@@ -201,7 +262,22 @@ VARIANTS: Mapping[str, Variant] = {
         Budget(48, 4),
         _PARTS_OPTIONS,
     ),
-    "norm": Variant(residual.norm_kernel, _TYPES, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS),
+    "norm": Variant(
+        residual.norm_kernel,
+        _TYPES,
+        {"C": C, "WIDTH": C, "SPLIT": 4, "IS_GATHERED": True},
+        Budget(64, 4),
+        _PARTS_OPTIONS,
+    ),
+    "consumed": Variant(
+        sources.consumed_kernel,
+        dict.fromkeys(["sources", "last_sampled", "ids_out", "slots_out", "last_out"], "*i64")
+        | {**_TYPES, "stop_ids": "*i32", "R": "i32"},
+        {"STOPS": 8, "BLOCK": sources.BLOCK},
+        Budget(64, 1),
+        {"num_warps": 4},
+        unaligned=("T", "R"),
+    ),
     "project, 1 row": _project(1, 112, "m64n16k16"),
     "project, 32 rows": _project(32, 120, "m64n32k16"),
     "project, 256 rows": _project(256, 168, "m64n128k16"),
@@ -211,6 +287,23 @@ VARIANTS: Mapping[str, Variant] = {
     "project int8, 64 rows": _project(64, 136, "m64n64k16", "i8"),
     "project int8, 256 rows": _project(256, 168, "m64n128k16", "i8"),
     "project int8, 2048 rows": _project(2048, 168, "m64n128k16", "i8"),
+    "hopper project, 1 row": _hopper_project(1, 40, "m64n8k16"),
+    "hopper project, 32 rows": _hopper_project(32, 64, "m64n32k16"),
+    "hopper project, 256 rows": _hopper_project(256, 192, "m64n128k16"),
+    # What few programs store of low-rank products, after all sums: they wait for nobody.
+    "hopper project, 2048 rows": _hopper_project(2048, 255, "m64n256k16", spilled_bytes=272),
+    "hopper raise, 1 row": _hopper_raise(1, 40, "m64n8k16"),
+    "hopper raise, 32 rows": _hopper_raise(32, 56, "m64n32k16"),
+    "hopper raise, 2048 rows": _hopper_raise(2048, 144, "m64n128k16"),
+    "hopper linear C x C, 1 row": _hopper_linear(C, C, 1, 40, "m64n8k16", split=4),
+    "hopper linear F x C, 1 row": _hopper_linear(F, C, 1, 40, "m64n8k16"),
+    "hopper linear F x C, 16 rows": _hopper_linear(F, C, 16, 40, "m64n16k16"),
+    "hopper linear F x C, 32 rows": _hopper_linear(F, C, 32, 48, "m64n32k16"),
+    "hopper linear F x C, 64 rows": _hopper_linear(F, C, 64, 72, "m64n64k16"),
+    "hopper linear F x C, 256 rows": _hopper_linear(F, C, 256, 112, "m64n128k16"),
+    "hopper linear C x F, 256 rows": _hopper_linear(C, F, 256, 112, "m64n128k16", split=4),
+    "hopper linear F x C, 2048 rows": _hopper_linear(F, C, 2048, 176, "m64n256k16"),
+    "hopper linear C x F, 2048 rows": _hopper_linear(C, F, 2048, 160, "m64n128k16", split=4),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),
     "raise, 64 rows": _raise(64, 168, "m64n64k16"),
     "linear C x C, 1 row": _linear(C, C, "bf16", 1, 56, 4, "m64n16k16", "none"),
@@ -249,27 +342,41 @@ VARIANTS: Mapping[str, Variant] = {
             kernel,
             {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp32"}
             | {"uniform": "*fp64", "out": "*i64", "stride": "i64", "greatest": "*fp32", "ids": "*i32"}
-            | {"is_broken": "*i32", "counts": "*i32", "masses": "*fp32", "candidates": "*i32", "cutoffs": "*i32"}
-            | {"sums": "*fp64", "num_blocks": "i32", "num_rows": "i32", "totals": "*fp32", "num_candidates": "*i32"},
+            | {
+                "is_broken": "*i32",
+                "slots": "*i64",
+                "counts": "*i32",
+                "masses": "*fp32",
+                "candidates": "*i32",
+                "cutoffs": "*i32",
+            }
+            | {
+                "sums": "*fp64",
+                "num_blocks": "i32",
+                "num_surveyed": "i32",
+                "num_rows": "i32",
+                "totals": "*fp32",
+                "num_candidates": "*i32",
+            },
             {"V": V, **constants},
             Budget(registers, wide),
             {"num_warps": warps},
         )
         for name, kernel, constants, registers, wide, warps in [
             ("survey", sampling.survey_kernel, _BLOCK, 40, 2, sampling.NUM_WARPS),
-            ("weigh", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 0}, 112, 2, sampling.NUM_WARPS),
-            ("weigh again", sampling.weigh_kernel, {**_BLOCKS, "TABLE": 2}, 128, 2, sampling.NUM_WARPS),
-            ("collect", sampling.collect_kernel, {**_BLOCKS, **_LIST}, 96, 2, sampling.NUM_WARPS),
+            ("weigh", sampling.weigh_kernel, {**_WEIGHED, "TABLE": 0}, 128, 2, sampling.WEIGHED["num_warps"]),
+            ("weigh again", sampling.weigh_kernel, {**_WEIGHED, "TABLE": 2}, 128, 2, sampling.WEIGHED["num_warps"]),
+            ("collect", sampling.collect_kernel, {**_WEIGHED, **_LIST}, 96, 2, sampling.WEIGHED["num_warps"]),
             (
                 "cut",
                 sampling.cut_kernel,
-                {**_LIST, "NUM_BLOCKS": V // sampling.BLOCK, "PIECE": sampling.PIECE},
-                128,
+                {**_OF_ROW, **_LIST, "PIECE": sampling.PIECE},
+                240,
                 0,
                 sampling.CUT_WARPS,
             ),
             ("add", sampling.add_kernel, _BLOCKS, 64, 2, sampling.NUM_WARPS),
-            ("pick", sampling.pick_kernel, _BLOCKS, 96, 2, sampling.NUM_WARPS),
+            ("pick", sampling.pick_kernel, {**_BLOCKS, "HAS_SLOTS": True}, 96, 2, sampling.NUM_WARPS),
         ]
     },
 }

@@ -1,7 +1,8 @@
 """`python -m kernels.triton.compile`: compile every kernel for sm_90 without a card, and hold it to its budget.
 
 What a compiler can say about speed before anything runs: registers, spills, shared memory, tensor core instructions,
-and how often memory is read and written 16 bytes a thread, or less on the way into shared memory and out of it. Prints
+how often memory is read and written 16 bytes a thread, or less on the way into shared memory and out of it, and what
+the copy engine is asked for. Prints
 a JSON object a kernel; the exit status is 1 if one is over its budget. Cannot run in a process that interprets
 (`TRITON_INTERPRET`).
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kernels.triton.budgets import VARIANTS, Budget, Variant
 
@@ -29,6 +31,7 @@ MAX_SHARED_BYTES = 227 << 10  # of a program on this target
 _PTXAS: Path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 _WIDE = r"(?:ld|st)\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global[^;]*, 0x10,"
 _NARROW_COPIES = r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48],|ld\.shared[\w.]*\.b8"
+_BULK_COPIES = r"cp\.async\.bulk\.tensor"
 _TENSOR_CORES = r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)"
 
 
@@ -41,6 +44,7 @@ class Resources:
     shared_bytes: int
     wide_accesses: int  # instructions that move 16 bytes a thread between global memory and the processor
     narrow_copies: int  # instructions that copy fewer into shared memory, or take single bytes out of it
+    bulk_copies: int  # instructions that ask the copy engine for a brick
     tensor_cores: list[str]  # shapes of their instructions
     begun_products: int  # products that begin from something else than zero or the product before
 
@@ -49,12 +53,14 @@ class Resources:
         problems = []
         if self.registers > budget.registers:
             problems.append(f"{self.registers} registers, not {budget.registers}")
-        if self.spilled_bytes > 0:
-            problems.append(f"{self.spilled_bytes} bytes spilled")
+        if self.spilled_bytes > budget.spilled_bytes:
+            problems.append(f"{self.spilled_bytes} bytes spilled, not {budget.spilled_bytes}")
         if self.shared_bytes > MAX_SHARED_BYTES:
             problems.append(f"{self.shared_bytes} bytes of shared memory")
         if self.wide_accesses < budget.wide_accesses:
             problems.append(f"{self.wide_accesses} wide accesses, not {budget.wide_accesses}")
+        if self.bulk_copies < budget.bulk_copies:
+            problems.append(f"{self.bulk_copies} bricks asked for, not {budget.bulk_copies}")
         if budget.narrow_copies is not None and self.narrow_copies > budget.narrow_copies:
             problems.append(f"{self.narrow_copies} narrow copies, not {budget.narrow_copies}")
         if budget.tensor_cores is not None and budget.tensor_cores not in self.tensor_cores:
@@ -68,14 +74,17 @@ def measure(variant: Variant) -> Resources:
     """Compile a variant and look at what came out."""
     names = variant.kernel.arg_names
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    source = ASTSource(
+    make_source = GluonASTSource if isinstance(variant.kernel, GluonJITFunction) else ASTSource
+    source = make_source(
         variant.kernel,
         {name: "constexpr" if name in variant.constants else variant.types[name] for name in names},
         constexprs=constants,
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name not in variant.constants and name not in variant.unaligned
+            if name not in variant.constants
+            and name not in variant.unaligned
+            and not variant.types[name].startswith("tensordesc")
         },
     )
     compiled = triton.compile(source, target=TARGET, options=dict(variant.options))
@@ -87,6 +96,7 @@ def measure(variant: Variant) -> Resources:
         shared_bytes=compiled.metadata.shared,
         wide_accesses=len(re.findall(_WIDE, ptx)),
         narrow_copies=len(re.findall(_NARROW_COPIES, ptx)),
+        bulk_copies=len(re.findall(_BULK_COPIES, ptx)),
         tensor_cores=sorted({a or b for a, b in re.findall(_TENSOR_CORES, ptx)}),
         begun_products=_begun_products(compiled.asm["ttgir"]),
     )

@@ -23,7 +23,7 @@ import torch
 
 from kernels.rwkv7 import Rwkv7
 from kernels.triton import linear as products
-from kernels.triton import residual, shift_mix
+from kernels.triton import packed, residual, shift_mix
 from kernels.triton import wkv7 as recurrence
 from kernels.triton.projections import Projections
 
@@ -54,6 +54,44 @@ class FusedRwkv7(Rwkv7):
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows. A slot of -1 is a padding row."""
         launch = _STEP if len(slots) == len(token_ids) else _PROMPT
+        return residual.gather(*self._consume(token_ids, wkv, shift, slots, starts, launch), output_rows, **launch)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits for hidden rows."""
+        ln_out = self._weights.ln_out
+        return self._head(residual.norm(hidden, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, **_STEP))
+
+    def next_logits(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        output_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Consume tokens, advance states, return logits, with a launch less than there are in the two."""
+        launch = _STEP if len(slots) == len(token_ids) else _PROMPT
+        x, sums = self._consume(token_ids, wkv, shift, slots, starts, launch)
+        ln = self._weights.ln_out
+        rows = residual.gather_and_norm(x, sums, output_rows, ln.weight, ln.bias, ln.eps, self._dtype, **launch)
+        return self._head(rows)
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        head = self._weights.head
+        return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **_STEP)
+
+    def _consume(
+        self,
+        token_ids: torch.Tensor,
+        wkv: torch.Tensor,
+        shift: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        launch: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advance states; return the residual stream before the last product, and that one's sums."""
+        # Waits for all that came before, so that the launches after it may read slots before they wait for it.
         ln0 = self._weights.ln0
         x = residual.embed(token_ids, self._weights.embedding, ln0.weight, ln0.bias, ln0.eps)
         sums: torch.Tensor | None = None
@@ -77,13 +115,7 @@ class FusedRwkv7(Rwkv7):
             sums = products.linear_sums(key, f.value.packed, f.value.out_features, **launch)
             v_first = v if v_first is None else v_first
         assert sums is not None
-        return residual.gather(x, sums, output_rows, **launch)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits for hidden rows."""
-        ln_out, head = self._weights.ln_out, self._weights.head
-        rows = residual.norm(hidden, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, **_STEP)
-        return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **_STEP)
+        return x, sums
 
     def _shift_mix(
         self,
@@ -114,7 +146,7 @@ def can_fuse(weights: Weights, dtype: torch.dtype) -> bool:
 
 def _can_multiply(linear: Linear, dtype: torch.dtype) -> bool:
     is_int8 = linear.packed.dtype == torch.int8
-    return products.is_packed(linear.packed) and dtype == (torch.bfloat16 if is_int8 else linear.packed.dtype)
+    return packed.is_packed(linear.packed) and dtype == (torch.bfloat16 if is_int8 else linear.packed.dtype)
 
 
 def _is_taken(layer: Layer, dtype: torch.dtype) -> bool:

@@ -1,13 +1,11 @@
 """Products of few rows with large matrices: every weight is read once, and a row's result knows nothing of the others.
 
-The weights take the side of the product that tensor cores want large, the rows the side that may be small: `out.T =
-weight @ x.T`. Which inputs are summed in which order depends on the matrix alone: `K` is cut into `split` spans, each
-summed from its front, and the spans' sums are added in order, by a second launch (few rows: the spans run side by
-side) or by the same program (many rows). The number of rows only chooses how many share a program.
+The weights (`packed.py`) take the side of the product that tensor cores want large, the rows the side that may be
+small: `out.T = weight @ x.T`. The sums of the matrix's spans are added by a second launch (few rows: the spans run side
+by side) or by the same program (many rows). The number of rows only chooses how many share a program. A span's sum of
+int8 weights is multiplied by their scales once, when it is whole.
 
-Weights are packed in panels of `PANEL` outputs, each a row of tiles `[PANEL, TILE_K]` along the inputs, so that a
-program reads memory in its order. Int8 ones (`int8.py`) have a tile more behind each panel, which begins with the
-panel's scales; a span's sum is multiplied by them once, when it is whole.
+Where the card is of the generation that `hopper.py` is for, that runs 16-bit products: the same, with other copies.
 """
 
 from __future__ import annotations
@@ -19,14 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton import int8
+from kernels.triton import hopper, int8
 from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_inputs
+from kernels.triton.packed import MAX_BLOCK_K, PANEL, TRITON_DTYPES, in_words, plan
 
-PANEL = 64  # outputs, the tensor cores' unit
-TILE_BYTES = 128  # of an output in a tile
-MAX_BLOCK_K = 128  # inputs at once
 MAX_ROWS_SIDE_BY_SIDE = 256  # above it there are programs enough without cutting K
-PROGRAMS_WANTED = 128  # about as many as a data centre card has processors; a constant, so that bits are no card's
 ADD_BLOCK, ADD_WARPS = 256, 2  # of the launch that adds spans
 
 _PANEL = tl.constexpr(PANEL)
@@ -154,40 +149,6 @@ def add_spans_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a matrix `[O, K]` is stored and summed. A function of the matrix, never of the rows."""
-
-    tile_k: int
-    split: int
-
-
-@lru_cache
-def plan(out_features: int, in_features: int, itemsize: int, is_whole: bool = False) -> Plan:
-    """Return the plan: tiles of `TILE_BYTES` an output, and one span or so many that the processors have work.
-
-    Raises `ValueError` where `in_features` is no multiple of 16, or of 64 beside int8: such a matrix is not for these
-    kernels.
-    """
-    least = int8.LEAST_TILE_K if itemsize == 1 else 16
-    if in_features % least:
-        raise ValueError(f"in_features must be a multiple of {least}, not {in_features}")
-    tile_k = TILE_BYTES // itemsize
-    while in_features % tile_k:
-        tile_k //= 2
-    step = min(2 * tile_k, MAX_BLOCK_K)
-    split = 1
-    while (
-        not is_whole
-        and split < 8
-        and split * triton.cdiv(out_features, PANEL) < PROGRAMS_WANTED
-        and in_features % (2 * split * step) == 0
-        and in_features // (2 * split) >= 256
-    ):
-        split *= 2
-    return Plan(tile_k, split)
-
-
-@dataclass(frozen=True, slots=True)
 class Tile:
     """What a program does. Decides who computes a sum, never how it is summed."""
 
@@ -242,47 +203,6 @@ def _int8_tile(num_rows: int) -> Tile:
     return Tile(PANEL, block_t, 64, 4, num_stages, True, enable_fp_fusion=False)
 
 
-def can_run(weight: torch.Tensor) -> bool:
-    """Say whether the kernels take a matrix `[O, K]`."""
-    return weight.dtype in TRITON_DTYPES and weight.shape[1] % 16 == 0
-
-
-def is_packed(weight: torch.Tensor) -> bool:
-    """Say whether `pack` made this."""
-    return weight.ndim == 4
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight[O, K]` as `[panels, tiles, PANEL, tile_k]`, outputs padded with zeros."""
-    outputs, K = weight.shape
-    tile_k = plan(outputs, K, weight.element_size()).tile_k
-    panels, tiles = triton.cdiv(outputs, PANEL), K // tile_k
-    padded = weight.new_zeros(panels * PANEL, K)
-    padded[:outputs] = weight
-    return padded.view(panels, PANEL, tiles, tile_k).transpose(1, 2).contiguous()
-
-
-def pack_int8(weight: torch.Tensor) -> torch.Tensor:
-    """Return `weight[O, K]` quantised, as `pack` does but in words, and behind each panel a tile with its scales."""
-    quantised, scales = int8.quantise(weight)
-    tiles = int8.interleave(pack(quantised))
-    of_panels = scales.new_zeros(len(tiles), PANEL)
-    of_panels.view(-1)[: len(scales)] = scales
-    last = tiles.new_zeros(len(tiles), *tiles.shape[2:])
-    last.flatten(1)[:, : PANEL * scales.itemsize] = of_panels.view(torch.int8)
-    return torch.cat([tiles, last[:, None]], dim=1)
-
-
-def unpack(weight: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Return the `weight[O, K]` that `pack` was given; not for int8."""
-    return weight.transpose(1, 2).reshape(len(weight) * PANEL, -1)[:out_features]
-
-
-def plain(weight: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Return the matrix `[O, K]`, packed or not."""
-    return unpack(weight, out_features) if is_packed(weight) else weight
-
-
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -334,6 +254,9 @@ def _run(
     has_sums = tiles.is_side_by_side and matrix.split > 1
     if has_sums:
         out = x.new_empty(matrix.split, T, outputs, dtype=torch.float32)
+    if hopper.can_run(x, weight, matrix):
+        hopper.linear(x, weight, bias, out, matrix.split, tiles.is_side_by_side, activation, **launch)
+        return out
     grid = (triton.cdiv(outputs, tiles.block_o), triton.cdiv(T, tiles.block_t), matrix.split if has_sums else 1)
     linear_kernel[grid](
         x, in_words(weight), x if bias is None else bias, out, T,
@@ -346,11 +269,3 @@ def _run(
 
 def _outputs(out: torch.Tensor, bias: torch.Tensor | None, activation: str) -> dict[str, int | bool | str]:
     return {"OUTPUTS": out.shape[-1], "HAS_BIAS": bias is not None, "ACTIVATION": activation}
-
-
-def in_words(weight: torch.Tensor) -> torch.Tensor:
-    """Return packed weights as the kernels take them: int8 ones in words."""
-    return weight.view(torch.int32) if weight.dtype == torch.int8 else weight
-
-
-TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

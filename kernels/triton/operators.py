@@ -6,7 +6,7 @@ import torch
 
 from kernels import eager
 from kernels.triton import linear as products
-from kernels.triton import sampling
+from kernels.triton import packed, sampling
 from kernels.triton import shift_mix as shifts
 from kernels.triton import wkv7 as recurrence
 from kernels.triton.int8 import can_quantise
@@ -14,14 +14,14 @@ from kernels.triton.int8 import can_quantise
 
 def pack_linear(weight: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """See `kernels.Linear`."""
-    if not products.can_run(weight):
+    if not packed.can_pack(weight):
         return eager.pack_linear(weight, int8)
-    return products.pack_int8(weight) if int8 and can_quantise(weight) else products.pack(weight)
+    return packed.pack_int8(weight) if int8 and can_quantise(weight) else packed.pack(weight)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out_features: int) -> torch.Tensor:
     """See `kernels.Linear`."""
-    if not products.is_packed(weight):
+    if not packed.is_packed(weight):
         return eager.linear(x, weight, out_features)
     return products.linear(x, weight, out_features)
 
@@ -38,8 +38,8 @@ def low_rank(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `kernels.LowRank`."""
-    if not (products.is_packed(down) and products.is_packed(up)):  # the other one may be packed all the same
-        down, up = products.plain(down, rank), products.plain(up, out_features)
+    if not (packed.is_packed(down) and packed.is_packed(up)):  # the other one may be packed all the same
+        down, up = packed.plain(down, rank), packed.plain(up, out_features)
         return eager.low_rank(x, down, up, rank, bias, activation, output_activation, out_features, dtype)
     hidden = products.linear(x, down, rank, activation=activation, dtype=up.dtype)
     return products.linear(hidden, up, out_features, bias, output_activation, dtype)

@@ -2,10 +2,11 @@
 
 A kernel launched with `launch_pdl` begins while its predecessor still runs, once all of that one's programs have. What
 it reads before `wait_for_inputs` must therefore be older than its predecessor: weights, and states and indices that
-were there before the first kernel of the step. Everything after it sees all that came before. Launched without, both
-calls do nothing. NVIDIA, PTX ISA, "griddepcontrol".
+were there before the first kernel of the model, which is launched without. What it reads afterwards may be anything
+that came before. Launched without, both calls do nothing. NVIDIA, PTX ISA, "griddepcontrol".
 
-Asking for weights before the wait was tried (`cp.async.bulk.prefetch.L2`): slower, the asking delays the reading.
+Asking for weights before the wait takes copies into shared memory, which `hopper.py` has; into the card's cache alone
+(`cp.async.bulk.prefetch.L2`) it was slower, the asking delays the reading.
 """
 
 from __future__ import annotations

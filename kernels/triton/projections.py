@@ -17,20 +17,10 @@ import triton
 import triton.language as tl
 
 from kernels import Linear, LowRank
-from kernels.triton.linear import (
-    PANEL,
-    TRITON_DTYPES,
-    activate,
-    add_bias,
-    as_operand,
-    in_words,
-    pack,
-    plain,
-    plan,
-    tile,
-    weighted_sums,
-)
+from kernels.triton import hopper
+from kernels.triton.linear import activate, add_bias, as_operand, tile, weighted_sums
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
+from kernels.triton.packed import PANEL, TRITON_DTYPES, in_words, pack, plain, plan
 
 PART = 2 * PANEL  # a part of the first matrix begins at a multiple of it
 FEW_ROWS = 32  # of the second launch: up to so many, a program takes all inputs at once
@@ -181,9 +171,11 @@ class Projections:
             place_down[: low_rank.rank] = plain(low_rank.down, low_rank.rank)
             place_up[:, : low_rank.rank] = plain(low_rank.up, width)
         self._wide, self._narrow, self._up = _joined([linear.packed for linear in wide]), pack(down), up
+        self._joint: torch.Tensor | None = None
         if self._wide.dtype == dtype:
             sizes = len(self._wide), len(self._narrow)
-            self._wide, self._narrow = torch.cat([self._wide, self._narrow]).split(sizes)
+            self._joint = torch.cat([self._wide, self._narrow])
+            self._wide, self._narrow = self._joint.split(sizes)
         for linear, panels in zip(wide, self._wide.chunk(3), strict=True):
             linear.packed = panels[: len(linear.packed)]
         nothing = up.new_zeros(width, dtype=torch.float32)
@@ -194,22 +186,42 @@ class Projections:
         """Return what `mixes[6, T, C]` project to."""
         _, T, C = mixes.shape
         rkv, others = mixes.new_empty(3, T, C), mixes.new_empty(3, T, C)
+        projected = Projected(rkv, mixes.new_empty(T, C, dtype=torch.float32), others)
+        sizes = dict(zip(("DECAY", "RATE", "GATE", "VALUE"), self._ranks, strict=True)) | {"C": C}
+        if self._joint is not None and hopper.can_run(mixes, self._joint, plan(PANEL, C, mixes.element_size(), True)):
+            self._run_on_hopper(mixes, self._joint, projected, sizes, launch)
+        else:
+            self._run(mixes, projected, sizes, launch)
+        return projected
+
+    def _run(self, mixes: torch.Tensor, projected: Projected, sizes: dict[str, int], launch: dict[str, bool]) -> None:
+        _, T, C = mixes.shape
         hidden = mixes.new_empty(T, sum(self._ranks), dtype=torch.float32)
-        raw_decay = mixes.new_empty(T, C, dtype=torch.float32)
-        of_matrix = dict(zip(("DECAY", "RATE", "GATE", "VALUE"), self._ranks, strict=True))
-        of_matrix |= {"C": C, "DTYPE": TRITON_DTYPES[self._dtype]}
+        of_matrix = {**sizes, "DTYPE": TRITON_DTYPES[self._dtype]}
         options = project_options(T, C, self._wide.element_size(), self._up.element_size())
         outputs = PANEL * (len(self._wide) + len(self._narrow))
         project_kernel[(outputs // options["BLOCK_O"], triton.cdiv(T, options["BLOCK_T"]))](
-            mixes, in_words(self._wide), self._narrow, rkv, hidden, T,
+            mixes, in_words(self._wide), self._narrow, projected.rkv, hidden, T,
             WIDE=PANEL * len(self._wide) // 3, WIDE_STRIDE=self._wide.stride(0), **of_matrix, **options, **launch,
         )  # fmt: skip
         options = raise_options(T, mixes.element_size())
         planes = 4 if self._ranks[3] else 3
         raise_kernel[(triton.cdiv(C, options["BLOCK_O"]), triton.cdiv(T, options["BLOCK_T"]), planes)](
-            hidden, self._up, *self._biases, raw_decay, others, T, **of_matrix, **options, **launch
+            hidden, self._up, *self._biases, projected.decay, projected.others, T, **of_matrix, **options, **launch
         )
-        return Projected(rkv, raw_decay, others)
+
+    def _run_on_hopper(
+        self,
+        mixes: torch.Tensor,
+        joint: torch.Tensor,
+        projected: Projected,
+        sizes: dict[str, int],
+        launch: dict[str, bool],
+    ) -> None:
+        hidden = mixes.new_empty(mixes.shape[1], sum(self._ranks) + self._ranks[0])
+        wide = PANEL * len(self._wide) // 3
+        hopper.project(mixes, joint, projected.rkv, hidden, {**sizes, "WIDE": wide}, **launch)
+        hopper.raise_ranks(hidden, self._up, self._biases, projected.decay, projected.others, sizes, **launch)
 
 
 def project_options(num_rows: int, width: int, wide_itemsize: int, narrow_itemsize: int) -> dict[str, int]:

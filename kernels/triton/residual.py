@@ -43,19 +43,25 @@ def gather_kernel(x, sums, rows, out, T, C: tl.constexpr, SPLIT: tl.constexpr, B
     tl.store(out + tl.program_id(0).to(tl.int64) * C + columns, values, mask=columns < C)
 
 
-@triton.jit
-def norm_kernel(x, ln_weight, ln_bias, out, eps, C: tl.constexpr, WIDTH: tl.constexpr):
-    """`LayerNorm(x)`; program (row)."""
+@triton.jit(do_not_specialize=["T"])
+def norm_kernel(
+    x, sums, rows, ln_weight, ln_bias, out, T, eps,
+    C: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, IS_GATHERED: tl.constexpr,
+):  # fmt: skip
+    """`LayerNorm` of rows of the residual stream, sums added, or of all rows; program (row)."""
     let_successor_begin()
-    wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
-    mean, scale = statistics(x, x, row, 0, eps, C, WIDTH, 0)
     is_inside = columns < C
     weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
     bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
-    values = (tl.load(x + row * C + columns, mask=is_inside, other=0.0) - mean) * scale * weight + bias
-    tl.store(out + row * C + columns, values.to(out.dtype.element_ty), mask=is_inside)
+    wait_for_inputs()
+    row = tl.program_id(0).to(tl.int64)
+    if IS_GATHERED:
+        row = tl.load(rows + row).to(tl.int64)
+    mean, scale = statistics(x, sums, row, T, eps, C, WIDTH, SPLIT)
+    values = (residual(x, sums, row, columns, is_inside, T, C, SPLIT) - mean) * scale * weight + bias
+    to = out + tl.program_id(0).to(tl.int64) * C + columns
+    tl.store(to, values.to(out.dtype.element_ty), mask=is_inside)
 
 
 def embed(
@@ -106,10 +112,38 @@ def norm(
     x: torch.Tensor, ln_weight: torch.Tensor, ln_bias: torch.Tensor, eps: float, dtype: torch.dtype, **launch: bool
 ) -> torch.Tensor:
     """Return `LayerNorm(x[R, C])` in `dtype`."""
-    R, C = x.shape
-    out = x.new_empty(R, C, dtype=dtype)
-    width = triton.next_power_of_2(C)
-    norm_kernel[(R,)](
-        x, ln_weight, ln_bias, out, eps, C=C, WIDTH=width, num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION, **launch
-    )
+    return _norm(x, None, None, ln_weight, ln_bias, eps, dtype, launch)
+
+
+def gather_and_norm(
+    x: torch.Tensor,
+    sums: torch.Tensor,
+    rows: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    **launch: bool,
+) -> torch.Tensor:
+    """Return `LayerNorm` of what `gather` returns, in `dtype`."""
+    return _norm(x, sums, rows, ln_weight, ln_bias, eps, dtype, launch)
+
+
+def _norm(
+    x: torch.Tensor,
+    sums: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    launch: dict[str, bool],
+) -> torch.Tensor:
+    T, C = x.shape
+    out = x.new_empty(T if rows is None else len(rows), C, dtype=dtype)
+    norm_kernel[(len(out),)](
+        x, x if sums is None else sums, x if rows is None else rows, ln_weight, ln_bias, out, T, eps,
+        C=C, WIDTH=triton.next_power_of_2(C), SPLIT=0 if sums is None else len(sums), IS_GATHERED=rows is not None,
+        num_warps=NUM_WARPS, enable_fp_fusion=FP_FUSION, **launch,
+    )  # fmt: skip
     return out

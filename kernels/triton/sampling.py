@@ -24,9 +24,11 @@ from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 BLOCK = 2048
 NUM_WARPS = 8
-MAX_PROGRAMS = 1024  # of many rows: a program then takes several blocks
-CANDIDATES = 64  # of a block that are collected; if there are more, the whole row is looked at again
-CUT_WARPS = 16
+# What is weighed against many bounds: threads sum pieces, and what they exchange at a block's end costs more than that.
+WEIGHED = {"BLOCK": 4096, "PIECE": 1024, "STAGES": 3, "num_warps": 8}
+MAX_PROGRAMS = 1024  # of many rows: a program then takes several of these blocks
+CANDIDATES = 128  # of such a block that are collected; if there are more, the whole row is looked at again
+CUT_WARPS = 4
 PIECE = 2048  # of a row that is looked at again
 
 _BOUNDS = tl.constexpr(8)
@@ -142,15 +144,16 @@ def _range(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def weigh_kernel(
-    logits, temperature, top_k, top_p, greatest, counts, masses, totals, stride, num_rows, num_blocks,
-    TABLE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    logits, temperature, top_k, top_p, greatest, counts, masses, totals, stride, num_rows, num_surveyed, num_blocks,
+    TABLE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr,
+    NUM_SURVEYED: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block and every so many after it); fills the TABLE, and the first time the `totals[R, blocks]`."""
     let_successor_begin()
     wait_for_inputs()
     row, block = tl.program_id(0), tl.program_id(1)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
-        most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
+        most = _greatest(greatest, row, num_surveyed, NUM_SURVEYED)
         if TABLE == 0:
             bounds = _first_bounds()
         else:
@@ -159,41 +162,50 @@ def weigh_kernel(
             )
             bounds = _bounds_between(enough, short)
         while block < num_blocks:
-            columns = block * BLOCK + tl.arange(0, BLOCK)
-            bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
+            count, mass = tl.zeros([_BOUNDS, PIECE], tl.int32), tl.zeros([_BOUNDS, PIECE], tl.float32)
+            total = tl.zeros([PIECE], tl.float32)
+            for begin in tl.range(0, BLOCK, PIECE, num_stages=STAGES):
+                columns = block * BLOCK + begin + tl.arange(0, PIECE)
+                bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
+                likelihoods = tl.where((bits >= 0) & (bits <= _BITS_OF_ONE), bits, 0).to(tl.float32, bitcast=True)
+                total += likelihoods
+                is_in = bits[None, :] >= bounds[:, None]
+                count += is_in.to(tl.int32)
+                mass += tl.where(is_in, likelihoods[None, :], 0.0)
             if TABLE == 0:
-                mass = tl.where((bits >= 0) & (bits <= _BITS_OF_ONE), bits, 0).to(tl.float32, bitcast=True)
-                tl.store(totals + row * num_blocks + block, tl.sum(mass, axis=0))
-            count, mass_of = _at_least(bits, bounds)
+                tl.store(totals + row * num_blocks + block, tl.sum(total, axis=0))
             at = ((TABLE * num_rows + row) * num_blocks + block) * _BOUNDS + tl.arange(0, _BOUNDS)
-            tl.store(counts + at, count)
-            tl.store(masses + at, mass_of)
+            tl.store(counts + at, tl.sum(count, axis=1))
+            tl.store(masses + at, tl.sum(mass, axis=1))
             block += tl.num_programs(1)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def collect_kernel(
     logits, temperature, top_k, top_p, greatest, counts, masses, totals, candidates, num_candidates, stride, num_rows,
-    num_blocks,
-    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    num_surveyed, num_blocks,
+    V: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr, NUM_SURVEYED: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Program as above; writes `num_candidates[R, blocks]` and the bits, `candidates[R, blocks, CANDIDATES]`."""
     let_successor_begin()
     wait_for_inputs()
     row, block = tl.program_id(0), tl.program_id(1)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
-        most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
+        most = _greatest(greatest, row, num_surveyed, NUM_SURVEYED)
         enough, short, _count, _mass, _wanted, _wanted_mass = _range(
             top_k, top_p, counts, masses, totals, row, num_rows, num_blocks, _TABLES, V, NUM_BLOCKS
         )
         while block < num_blocks:
-            columns = block * BLOCK + tl.arange(0, BLOCK)
-            bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
-            is_in = (bits >= enough) & (bits < short)
-            place = tl.cumsum(is_in.to(tl.int32), axis=0) - 1
-            at = row * num_blocks + block
-            tl.store(candidates + at * CANDIDATES + place, bits, mask=is_in & (place < CANDIDATES))
-            tl.store(num_candidates + at, tl.sum(is_in.to(tl.int32), axis=0))
+            at, num_found = row * num_blocks + block, tl.zeros([], tl.int32)
+            for begin in tl.range(0, BLOCK, PIECE, num_stages=STAGES):
+                columns = block * BLOCK + begin + tl.arange(0, PIECE)
+                bits = _likelihood_bits(logits + row.to(tl.int64) * stride, columns, most, V)
+                is_in = (bits >= enough) & (bits < short)
+                place = num_found + tl.cumsum(is_in.to(tl.int32), axis=0) - 1
+                tl.store(candidates + at * CANDIDATES + place, bits, mask=is_in & (place < CANDIDATES))
+                num_found += tl.sum(is_in.to(tl.int32), axis=0)
+            tl.store(num_candidates + at, num_found)
             block += tl.num_programs(1)
 
 
@@ -211,8 +223,9 @@ def _at_least_of_row(logits, most, bounds, V: tl.constexpr, PIECE: tl.constexpr)
 @triton.jit(do_not_specialize=["num_rows"])
 def cut_kernel(
     logits, temperature, top_k, top_p, min_p, greatest, counts, masses, totals, candidates, num_candidates, cutoffs,
-    stride, num_rows, num_blocks,
-    V: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr, PIECE: tl.constexpr,
+    stride, num_rows, num_surveyed, num_blocks,
+    V: tl.constexpr, NUM_SURVEYED: tl.constexpr, NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """Program (row); writes the bits of the least likelihood that all truncations keep."""
     let_successor_begin()
@@ -240,7 +253,7 @@ def cut_kernel(
                 # What has come to lie above is in the counts now.
                 bits = tl.where(bits < short, bits, -1)
         else:
-            most = _greatest(greatest, row, num_blocks, NUM_BLOCKS)
+            most = _greatest(greatest, row, num_surveyed, NUM_SURVEYED)
             while short - enough > 1:
                 bounds = _bounds_between(enough, short)
                 count, mass = _at_least_of_row(logits + row.to(tl.int64) * stride, most, bounds, V, PIECE)
@@ -278,10 +291,13 @@ def add_kernel(
 
 @triton.jit
 def pick_kernel(
-    logits, temperature, uniform, greatest, ids, is_broken, cutoffs, sums, out, stride, num_blocks,
-    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    logits, temperature, uniform, greatest, ids, is_broken, cutoffs, sums, slots, out, stride, num_blocks,
+    V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row). The first id whose cumulative weight exceeds `uniform` of all; never one of weight 0."""
+    """Program (row). The first id whose cumulative weight exceeds `uniform` of all; never one of weight 0.
+
+    -1 where the row is no distribution, or its slot is.
+    """
     let_successor_begin()
     wait_for_inputs()
     row = tl.program_id(0)
@@ -291,6 +307,8 @@ def pick_kernel(
     most = tl.max(of_block, axis=0)
     token_id = tl.min(tl.where(of_block == most, tl.load(ids + at, mask=is_block, other=V), V), axis=0)
     is_sound = (tl.max(tl.load(is_broken + at, mask=is_block, other=0), axis=0) == 0) & (most > float("-inf"))
+    if HAS_SLOTS:
+        is_sound &= tl.load(slots + row) >= 0
     heat = tl.load(temperature + row)
     if is_sound & (heat > 0):
         masses = tl.load(sums + at, mask=is_block, other=0.0)
@@ -326,46 +344,59 @@ class SamplingRows:
         return cls(temperature.float(), top_k.int(), top_p, min_p.float(), uniform)
 
 
-def sample_rows(logits: torch.Tensor, rows: SamplingRows, **launch: bool) -> torch.Tensor:
+def sample_rows(
+    logits: torch.Tensor,
+    rows: SamplingRows,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    **launch: bool,
+) -> torch.Tensor:
     """As `kernels.sample`, from parameters on the device: the host reads nothing, so a graph may hold the call.
 
-    `launch` are Triton's options.
+    Rows of a slot of -1 draw -1; what is drawn is written to `out[R]` int64 if that is given. `launch` are Triton's
+    options.
     """
     R, V = logits.shape
-    num_blocks = triton.cdiv(V, BLOCK)
-    of_blocks = (R, num_blocks)
+    num_blocks, num_weighed = triton.cdiv(V, BLOCK), triton.cdiv(V, WEIGHED["BLOCK"])
+    of_blocks, of_weighed = (R, num_blocks), (R, num_weighed)
 
     def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     greatest, sums = new(*of_blocks, dtype=torch.float32), new(*of_blocks, dtype=torch.float64)
-    ids, is_broken, num_candidates = (new(*of_blocks, dtype=torch.int32) for _ in range(3))
+    ids, is_broken = (new(*of_blocks, dtype=torch.int32) for _ in range(2))
     counts, masses = (
-        new(_TABLES.value, *of_blocks, _BOUNDS.value, dtype=dtype) for dtype in (torch.int32, torch.float32)
+        new(_TABLES.value, *of_weighed, _BOUNDS.value, dtype=dtype) for dtype in (torch.int32, torch.float32)
     )
-    totals = new(*of_blocks, dtype=torch.float32)
-    candidates, cutoffs = new(*of_blocks, CANDIDATES, dtype=torch.int32), new(R, dtype=torch.int32)
-    token_ids = new(R, dtype=torch.int64)
+    totals, num_candidates = new(*of_weighed, dtype=torch.float32), new(*of_weighed, dtype=torch.int32)
+    candidates, cutoffs = new(*of_weighed, CANDIDATES, dtype=torch.int32), new(R, dtype=torch.int32)
+    token_ids = new(R, dtype=torch.int64) if out is None else out
     truncation = (rows.temperature, rows.top_k, rows.top_p)
     tables = (counts, masses, totals)
-    of_row = {"V": V, "NUM_BLOCKS": triton.next_power_of_2(num_blocks), **launch}
+    padded = triton.next_power_of_2(num_blocks)
+    of_row = {"V": V, **launch}
     of_block = {**of_row, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    stride = logits.stride(0)
-    programs = (R, min(num_blocks, max(1, MAX_PROGRAMS // R)))
-    survey_kernel[of_blocks](logits, greatest, ids, is_broken, stride, V=V, BLOCK=BLOCK, num_warps=NUM_WARPS, **launch)
+    weighed = {**of_row, "NUM_SURVEYED": padded, "NUM_BLOCKS": triton.next_power_of_2(num_weighed)}
+    of_weighed_block = {**weighed, **WEIGHED}
+    sizes = (logits.stride(0), R, num_blocks, num_weighed)
+    programs = (R, min(num_weighed, max(1, MAX_PROGRAMS // R)))
+    survey_kernel[of_blocks](logits, greatest, ids, is_broken, logits.stride(0), **of_block)
     for table in range(_TABLES.value):
-        weigh_kernel[programs](logits, *truncation, greatest, *tables, stride, R, num_blocks, TABLE=table, **of_block)
+        weigh_kernel[programs](logits, *truncation, greatest, *tables, *sizes, TABLE=table, **of_weighed_block)
     collect_kernel[programs](
-        logits, *truncation, greatest, *tables, candidates, num_candidates, stride, R, num_blocks,
-        CANDIDATES=CANDIDATES, **of_block,
+        logits, *truncation, greatest, *tables, candidates, num_candidates, *sizes,
+        CANDIDATES=CANDIDATES, **of_weighed_block,
     )  # fmt: skip
     cut_kernel[(R,)](
-        logits, *truncation, rows.min_p, greatest, *tables, candidates, num_candidates, cutoffs, stride, R, num_blocks,
-        CANDIDATES=CANDIDATES, PIECE=PIECE, **of_row, num_warps=CUT_WARPS,
+        logits, *truncation, rows.min_p, greatest, *tables, candidates, num_candidates, cutoffs, *sizes,
+        CANDIDATES=CANDIDATES, PIECE=PIECE, **weighed, num_warps=CUT_WARPS,
     )  # fmt: skip
-    add_kernel[of_blocks](logits, rows.temperature, greatest, cutoffs, sums, stride, **of_block)
+    add_kernel[of_blocks](
+        logits, rows.temperature, greatest, cutoffs, sums, logits.stride(0), NUM_BLOCKS=padded, **of_block
+    )
     pick_kernel[(R,)](
-        logits, rows.temperature, rows.uniform, greatest, ids, is_broken, cutoffs, sums, token_ids, stride, num_blocks,
-        **of_block,
+        logits, rows.temperature, rows.uniform, greatest, ids, is_broken, cutoffs, sums,
+        token_ids if slots is None else slots, token_ids, logits.stride(0), num_blocks,
+        NUM_BLOCKS=padded, HAS_SLOTS=slots is not None, **of_block,
     )  # fmt: skip
     return token_ids

@@ -2,8 +2,8 @@
 
 The row may still be a residual row and the sums of the projection before: then these are added first, in order, and
 the new residual row is written too. Several programs share a token: each sums the whole row, which is in cache after
-the first, and writes its own part of the mixes. A token's predecessor is normed again rather than waited for. Sums have
-one order, whatever the batch.
+the first, and writes its own part of the mixes. A program of a prompt norms the predecessor of its first token again
+rather than wait for it. Sums have one order, whatever the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import triton.language as tl
 from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 MAX_WIDTH = 16384  # a program sums a whole row
-NUM_WARPS = 4
+NUM_WARPS = 8
+TOKENS = 4  # of a prompt for a program: each but the first finds its predecessor normed
 FP_FUSION = False  # which products and sums become one instruction must not depend on what a program writes
 
 
@@ -100,29 +101,35 @@ def step_kernel(
 def prefill_kernel(
     x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, starts, out, shift_stride, T, num_rows, eps,
     SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Packed sequences; program (token, part). The states are read only: `remember_kernel` writes them afterwards."""
+    """Packed sequences; program (TOKENS tokens, part). Reads states only: `remember_kernel` writes them afterwards."""
     let_successor_begin()
-    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
     rows = tl.arange(0, ROWS)  # ROWS is a power of two not less than the number of sequences
     begins = tl.load(starts + rows, mask=rows < num_rows, other=T)
-    row = tl.sum((begins <= token).to(tl.int32), axis=0) - 1
-    slot = tl.load(slots + row).to(tl.int64)
     weight, bias, mixes = _parameters(ln_weight, ln_bias, mix, columns, is_inside, M, M_PADDED, C)
     wait_for_inputs()
-    values, h = _normed(x, sums, token, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-    if SPLIT > 0:
-        tl.store(x_out + token * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_inside)
-    if token == tl.load(starts + row):
+    before = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOKENS):
+        token = tl.minimum(first + i, T - 1)
+        is_stored = is_inside & (first + i < T)
+        row = tl.sum((begins <= token).to(tl.int32), axis=0) - 1
+        slot = tl.load(slots + row).to(tl.int64)
+        is_first = token == tl.load(starts + row)
+        values, h = _normed(x, sums, token, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+        if SPLIT > 0:
+            tl.store(x_out + token * C + columns, tl.where(slot >= 0, values, 0.0), mask=is_stored)
+        if i == 0 and not is_first:
+            _, before = _normed(x, sums, token - 1, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
         carried = shift + tl.maximum(slot, 0) * shift_stride + columns
-        previous = tl.load(carried, mask=is_inside & (slot >= 0), other=0.0).to(tl.float32)
-    else:
-        _, previous = _normed(x, sums, token - 1, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-    h, previous = tl.where(slot >= 0, h, 0.0), tl.where(slot >= 0, previous, 0.0)
-    _store_mixes(out, h, previous - h, mixes, token, T, columns, is_inside, M, M_PADDED, C)
+        state = tl.load(carried, mask=is_inside & is_first & (slot >= 0), other=0.0).to(tl.float32)
+        previous = tl.where(is_first, state, before)
+        before = h
+        h, previous = tl.where(slot >= 0, h, 0.0), tl.where(slot >= 0, previous, 0.0)
+        _store_mixes(out, h, previous - h, mixes, token, T, columns, is_stored, M, M_PADDED, C)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -203,9 +210,9 @@ def add_and_shift_mix(
     if num_rows == T:
         step_kernel[(T, parts)](*addends, x_out, *norm, mix, slots, out, shift.stride(0), T, eps, **mixes, **sizes)
         return out, x_out
-    prefill_kernel[(T, parts)](
+    prefill_kernel[(triton.cdiv(T, TOKENS), parts)](
         *addends, x_out, *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
-        **mixes, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
+        **mixes, TOKENS=TOKENS, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
     )  # fmt: skip
     remember_kernel[(num_rows, parts)](*addends, *norm, slots, starts, shift.stride(0), T, eps, **sizes)
     return out, x_out

@@ -242,10 +242,10 @@ def _memory_rates(data: torch.Tensor) -> tuple[float, float]:
 def plain_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> DecodeStep:
     """As `triton_step`, on PyTorch's operators and greedy: its sampling reads the device."""
 
-    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+    def step(fields: dict[str, torch.Tensor], sampled: torch.Tensor) -> None:
         slots = torch.where(fields["slots"] < 0, pool.scratch_slot, fields["slots"])
         batch = InputBatch(fields["token_ids"], slots, fields["starts"], fields["starts"][1:] - 1)
-        return model.logits(model.forward(batch, pool)).argmax(dim=-1)
+        sampled[: len(slots)] = model.logits(model.forward(batch, pool)).argmax(dim=-1)
 
     return step
 
@@ -373,10 +373,7 @@ def decode_rate(
     pool = new_pool(model, SLOT_SETS * batch + 1, state_dtype)
     step, graphs, sampled = make_step(model, pool, _no_ids(device)), CudaGraphs(), _no_samples(device)
     tables = [new_table(batch, turn * batch, device) for turn in range(SLOT_SETS)]
-    replays = [
-        graphs.record(lambda table=table: sampled[:batch].copy_(step(table, sampled)))  # type: ignore[misc]
-        for table in tables
-    ]
+    replays = [graphs.record(lambda table=table: step(table, sampled)) for table in tables]  # type: ignore[misc]
     num_launched = 0
 
     def launch() -> None:
@@ -451,7 +448,9 @@ def _alone_as_among(model: RWKV7, state_dtype: torch.dtype, most: int = 256) -> 
         pool.shift.copy_(before[1])
         table = {name: field[:num_rows] for name, field in new_table(most, 0, device).items()}
         table["starts"] = torch.arange(num_rows + 1, device=device)
-        found = step(table, _no_samples(device)), pool.wkv[:num_rows].clone(), pool.shift[:num_rows].clone()
+        sampled = _no_samples(device)
+        step(table, sampled)
+        found = sampled[:num_rows], pool.wkv[:num_rows].clone(), pool.shift[:num_rows].clone()
         expected = expected or found
         if not all(torch.equal(left, right[:num_rows]) for left, right in zip(found, expected, strict=True)):
             print(f"a row among {num_rows} has other bits than among {most}", flush=True)

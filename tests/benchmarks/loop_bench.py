@@ -55,12 +55,11 @@ class FreeRunner(GraphModelRunner):
 
     def _record(self, max_rows: int, max_tokens: int) -> DecodeGraphs:
         self.seconds: dict[int, list[float]] = {}  # by number of rows, padding included
-        sampled = torch.full((2048,), SAMPLED)
 
-        def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
+        def step(fields: dict[str, torch.Tensor], sampled: torch.Tensor) -> None:
             num_rows = len(fields["slots"])
             self.seconds.setdefault(num_rows, []).append(time.process_time())
-            return sampled[:num_rows]
+            sampled[:num_rows] = SAMPLED
 
         return DecodeGraphs(step, max_rows, CPU, RunAgain(), max_tokens)
 

@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from engine.models.rwkv7 import RWKV7
-from engine.runner.cuda_graphs import NOTHING_SAMPLED, PADDING_SLOT, DecodeGraphs, DecodeStep, consumed
+from engine.runner.cuda_graphs import NOTHING_SAMPLED, PADDING_SLOT, DecodeGraphs, DecodeStep
 from engine.runner.graph_runner import GraphModelRunner
 from engine.runner.input_batch import InputBatch
 from engine.state.pool import StatePool
@@ -34,11 +34,23 @@ class RunAgain:
         return lambda: None
 
 
+def consumed(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> InputBatch:
+    """Return what a step consumes; the slot of a row whose source ended or sampled nothing is padding's."""
+    sources, starts = fields["sources"], fields["starts"]
+    last_tokens = starts[1:] - 1  # an empty row's is some other's, or padding's: its slot says that nobody looks at it
+    follows = sources >= 0
+    sampled = last_sampled.index_select(0, sources.clamp(min=0))
+    token_ids = torch.where(follows, sampled.clamp(min=0), fields["token_ids"])
+    may_end, ending = follows.index_select(0, last_tokens), sampled.index_select(0, last_tokens)
+    has_ended = may_end & ((ending < 0) | (ending[:, None] == fields["stop_ids"]).any(dim=1))
+    return InputBatch(token_ids, fields["slots"].masked_fill(has_ended, PADDING_SLOT), starts, last_tokens)
+
+
 def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBODY) -> DecodeStep:
     """The step on operators that take no padding: it goes to the scratch slot instead."""
 
-    def step(fields: dict[str, torch.Tensor], last_sampled: torch.Tensor) -> torch.Tensor:
-        batch = consumed(fields, last_sampled)
+    def step(fields: dict[str, torch.Tensor], sampled: torch.Tensor) -> None:
+        batch = consumed(fields, sampled)
         is_padding, starts = batch.slots == PADDING_SLOT, batch.starts
         slots = batch.slots.masked_fill(is_padding, pool.scratch_slot)
         has_tokens = starts.diff() > 0
@@ -49,7 +61,8 @@ def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBOD
             logits = model.logits(model.forward(batch, pool))
             logits.index_fill_(1, forbidden_ids, -torch.inf)
             rules = [fields[name].double() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
-            return kernels.sample(logits, torch.stack(rules, dim=1)).masked_fill_(is_padding, NOTHING_SAMPLED)
+            token_ids = kernels.sample(logits, torch.stack(rules, dim=1)).masked_fill_(is_padding, NOTHING_SAMPLED)
+        sampled[: len(token_ids)] = token_ids
 
     return step
 

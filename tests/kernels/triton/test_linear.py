@@ -6,6 +6,7 @@ import pytest
 import torch
 
 linear = pytest.importorskip("kernels.triton.linear", reason="Triton is not installed: pip install sostenuto[cuda]")
+packed = pytest.importorskip("kernels.triton.packed", reason="Triton is not installed: pip install sostenuto[cuda]")
 int8 = pytest.importorskip("kernels.triton.int8", reason="Triton is not installed: pip install sostenuto[cuda]")
 
 NUM_ROWS = [1, 2, 15, 16, 17, 33, 64, 65, 128, 256, 257]
@@ -18,15 +19,15 @@ def matrix(random: torch.Generator, shape: tuple[int, int], dtype: torch.dtype) 
     weight = torch.randn(outputs, K, generator=random) / K**0.5
     if dtype == torch.int8:
         quantised, scales = int8.quantise(weight)
-        return linear.pack_int8(weight), quantised.double() * scales.double()[:, None]
-    return linear.pack(weight.to(dtype)), weight.to(dtype).double()
+        return packed.pack_int8(weight), quantised.double() * scales.double()[:, None]
+    return packed.pack(weight.to(dtype)), weight.to(dtype).double()
 
 
 @pytest.mark.parametrize("shape", [(200, 512), (64, 96), (3, 48)], ids="{0[0]} x {0[1]}".format)
 def test_packing_loses_nothing(random: torch.Generator, shape: tuple[int, int]) -> None:
     """Back and forth."""
     weight = torch.randn(shape, generator=random)
-    assert torch.equal(linear.unpack(linear.pack(weight), shape[0]), weight)
+    assert torch.equal(packed.unpack(packed.pack(weight), shape[0]), weight)
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
@@ -72,7 +73,7 @@ def test_activations(random: torch.Generator, device: torch.device, activation: 
 def test_a_row_is_the_same_in_every_batch(random: torch.Generator, device: torch.device, dtype: torch.dtype) -> None:
     """Bitwise, across all buckets, over the border where spans are no longer side by side, from any place in it."""
     weight, _ = matrix(random, (64, 512), dtype)
-    assert linear.plan(64, 512, weight.element_size()).split > 1
+    assert packed.plan(64, 512, weight.element_size()).split > 1
     x = torch.randn(MANY, 512, generator=random).to(torch.float16).to(device)
     weight = weight.to(device)
     most = linear.linear(x, weight, 64, dtype=torch.float32)
@@ -113,15 +114,15 @@ def test_wide_rows_are_rounded_to_what_they_are_multiplied_in(
 def test_matrices_that_tiles_do_not_divide_are_refused() -> None:
     """A tile of int8 weights is at least four times what tensor cores take at once."""
     with pytest.raises(ValueError, match="in_features must be a multiple of 16, not 40"):
-        linear.plan(64, 40, 2)
+        packed.plan(64, 40, 2)
     with pytest.raises(ValueError, match="in_features must be a multiple of 64, not 96"):
-        linear.plan(64, 96, 1)
+        packed.plan(64, 96, 1)
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_how_a_matrix_is_summed_is_no_matter_of_rows(itemsize: int) -> None:
     """Whatever the tile, it leaves the order of sums alone: only the plan says that, and it knows no rows."""
-    plan = linear.plan(2048, 2048, itemsize)
+    plan = packed.plan(2048, 2048, itemsize)
     steps = set()
     for num_rows in NUM_ROWS:
         options = linear.tile(num_rows, itemsize, plan.split).options(num_rows, 2048 // plan.split, plan.tile_k)

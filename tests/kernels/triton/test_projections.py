@@ -9,6 +9,7 @@ import pytest
 import torch
 
 linear = pytest.importorskip("kernels.triton.linear", reason="Triton is not installed: pip install sostenuto[cuda]")
+packed = pytest.importorskip("kernels.triton.packed", reason="Triton is not installed: pip install sostenuto[cuda]")
 int8 = pytest.importorskip("kernels.triton.int8", reason="Triton is not installed: pip install sostenuto[cuda]")
 projections = pytest.importorskip(
     "kernels.triton.projections", reason="Triton is not installed: pip install sostenuto[cuda]"
@@ -32,9 +33,9 @@ class ProjectionsCase:
 
         wide = [matrix(C, C) for _ in range(3)]
         self.wide = [weight.double() for weight in wide]
-        pack = linear.pack
+        pack = packed.pack
         if kind.startswith("int8"):
-            pack = linear.pack_int8
+            pack = packed.pack_int8
             self.wide = [
                 values.double() * scales.double()[:, None] for values, scales in (int8.quantise(w) for w in wide)
             ]

@@ -33,6 +33,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(sampling, "BLOCK", 128)
     monkeypatch.setattr(sampling, "PIECE", 256)
+    monkeypatch.setattr(sampling, "WEIGHED", {"BLOCK": 64, "PIECE": 16, "STAGES": 2, "num_warps": 4})
     monkeypatch.setattr(sampling, "MAX_PROGRAMS", 8)
     monkeypatch.setattr(sampling, "CANDIDATES", 16)
 
@@ -102,3 +103,15 @@ def test_a_row_that_is_no_distribution_gives_minus_one(device: torch.device, voc
     logits[4] = -torch.inf
     for temperature in (0.0, 1.0):
         assert draw(logits, [(temperature, 5, 0.9, 0.0)] * 6, [0.0] * 6, device) == [-1] * 5 + [0]
+
+
+def test_rows_of_no_slot_draw_nothing(device: torch.device) -> None:
+    """And what is drawn goes where it is wanted."""
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(1)).to(device)
+    rules = torch.tensor([[1.0, 0, 0.9, 0, 0.5]] * 2 + [[0.0, 0, 1, 0, 0]] * 2, dtype=torch.float64)
+    rows = sampling.SamplingRows.from_host(rules, device)
+    expected = sampling.sample_rows(logits, rows).tolist()
+    drawn = torch.full((6,), 7, device=device)
+    slots = torch.tensor([3, -1, -1, 0], device=device)
+    sampling.sample_rows(logits, rows, slots, drawn[:4])
+    assert drawn.tolist() == [expected[0], -1, -1, expected[3], 7, 7]
