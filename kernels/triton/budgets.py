@@ -174,22 +174,21 @@ def _hopper_linear(outputs: int, inputs: int, num_rows: int, registers: int, cor
     constants |= {"IS_SIDE_BY_SIDE": is_side_by_side}
     constants |= {"HAS_BIAS": False, "ACTIVATION": "none" if split > 1 else "relu_squared"}
     constants |= {"STEP": tile.step, "STAGES": tile.stages}
-    return _on_hopper(hopper.linear_kernel, types, constants, tile, _streaming(tile, inputs, split, registers, cores))
+    of_program = inputs // split if is_side_by_side else inputs
+    return _on_hopper(hopper.linear_kernel, types, constants, tile, _streaming(tile, of_program, registers, cores))
 
 
 def _hopper_project(num_rows: int, registers: int, cores: str, spilled_bytes: int = 0) -> Variant:
     tile = hopper.tile(num_rows)
     types = {**_operands(tile, "mixes", "weights"), "hidden": "*bf16"}
     constants = {"C": C, "WIDE": C, **_RANKS, "STEP": tile.step, "STAGES": tile.stages}
-    budget = replace(_streaming(tile, C, 1, registers, cores), spilled_bytes=spilled_bytes)
+    budget = replace(_streaming(tile, C, registers, cores), spilled_bytes=spilled_bytes)
     return _on_hopper(hopper.project_kernel, types, constants, tile, budget)
 
 
-def _streaming(tile: hopper.Tile, inputs: int, split: int, registers: int, cores: str) -> Budget:
-    """Two bricks a stage asked for before the loop, and in it, if there are more than these."""
+def _streaming(tile: hopper.Tile, inputs: int, registers: int, cores: str) -> Budget:
+    """Two bricks a stage asked for before the loop, and in it, if there are more stages than that."""
     num_stages = inputs // (tile.step * hopper.TILE_K)
-    if tile.block_t <= linear.MAX_ROWS_SIDE_BY_SIDE and split > 1:
-        num_stages //= split
     bricks = 2 * min(tile.stages, num_stages) + (2 if num_stages > tile.stages else 0)
     return Budget(registers, 1, cores, bulk_copies=bricks)
 
@@ -302,6 +301,7 @@ VARIANTS: Mapping[str, Variant] = {
     "hopper linear F x C, 64 rows": _hopper_linear(F, C, 64, 72, "m64n64k16"),
     "hopper linear F x C, 256 rows": _hopper_linear(F, C, 256, 112, "m64n128k16"),
     "hopper linear C x F, 256 rows": _hopper_linear(C, F, 256, 112, "m64n128k16", split=4),
+    "hopper linear C x F, 512 rows": _hopper_linear(C, F, 512, 112, "m64n128k16", split=4),
     "hopper linear F x C, 2048 rows": _hopper_linear(F, C, 2048, 176, "m64n256k16"),
     "hopper linear C x F, 2048 rows": _hopper_linear(C, F, 2048, 160, "m64n128k16", split=4),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),

@@ -21,7 +21,7 @@ from kernels.triton import hopper, int8
 from kernels.triton.overlap import INTERPRETED, let_successor_begin, wait_for_inputs
 from kernels.triton.packed import MAX_BLOCK_K, PANEL, TRITON_DTYPES, in_words, plan
 
-MAX_ROWS_SIDE_BY_SIDE = 256  # above it there are programs enough without cutting K
+MAX_ROWS_SIDE_BY_SIDE = 512  # above it there are programs enough without cutting K
 ADD_BLOCK, ADD_WARPS = 256, 2  # of the launch that adds spans
 
 _PANEL = tl.constexpr(PANEL)
@@ -187,11 +187,11 @@ def tile(num_rows: int, itemsize: int, split: int = 1) -> Tile:
         return Tile(64, 32, 32, 4, 3, num_rows <= MAX_ROWS_SIDE_BY_SIDE)
     if itemsize == 1:
         return _int8_tile(num_rows)
-    if num_rows > MAX_ROWS_SIDE_BY_SIDE:
-        # A program that adds spans needs room for two sums.
-        return Tile(128, 256, 64, 8, 4, False) if split == 1 else Tile(128, 128, 64, 8, 4, False)
+    is_side_by_side = num_rows <= MAX_ROWS_SIDE_BY_SIDE
+    if num_rows > 256 and split == 1:
+        return Tile(128, 256, 64, 8, 4, is_side_by_side)
     if num_rows > 64:
-        return Tile(128, 128, 64, 8, 6, True)
+        return Tile(128, 128, 64, 8, 6 if is_side_by_side else 4, is_side_by_side)  # who adds spans has two sums
     block_t = next(rows for rows in (16, 32, 64) if rows >= num_rows)
     return Tile(PANEL, block_t, MAX_BLOCK_K, 4, 6, True)
 

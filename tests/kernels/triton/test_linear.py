@@ -9,7 +9,7 @@ linear = pytest.importorskip("kernels.triton.linear", reason="Triton is not inst
 packed = pytest.importorskip("kernels.triton.packed", reason="Triton is not installed: pip install sostenuto[cuda]")
 int8 = pytest.importorskip("kernels.triton.int8", reason="Triton is not installed: pip install sostenuto[cuda]")
 
-NUM_ROWS = [1, 2, 15, 16, 17, 33, 64, 65, 128, 256, 257]
+NUM_ROWS = [1, 2, 15, 16, 17, 33, 64, 65, 128, 256, 257, 512, 513]
 MANY = max(NUM_ROWS)  # so many that a program adds the spans
 
 
@@ -36,7 +36,7 @@ SHAPES += [(dtype, (64, 96)) for dtype in DTYPES if dtype != torch.int8]
 
 
 @pytest.mark.parametrize(("dtype", "shape"), SHAPES, ids=str)
-@pytest.mark.parametrize("num_rows", [3, 40, 300])
+@pytest.mark.parametrize("num_rows", [3, 40, 300, 600])
 def test_products_equal_float64(
     random: torch.Generator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], num_rows: int
 ) -> None:
