@@ -20,6 +20,7 @@ from engine.errors import (
     NumericalError,
     StateUnavailable,
 )
+from engine.loop import MAX_FAULTS_IN_A_ROW
 from engine.messages import (
     CheckpointRef,
     CheckpointStored,
@@ -148,7 +149,8 @@ async def test_an_engine_whose_device_is_gone_is_replaced() -> None:
     """It gives up after a few faults in a row, and the next one works."""
     async with running() as (engine, stub):
         stub.runner.broken = True
-        results = await asyncio.gather(*(outputs(engine, f"{i}") for i in range(4)), return_exceptions=True)
+        failing = [outputs(engine, f"{i}") for i in range(MAX_FAULTS_IN_A_ROW)]  # one more may come to the next engine
+        results = await asyncio.gather(*failing, return_exceptions=True)
         assert all(isinstance(result, EngineError) for result in results)
         while engine.restarts == 0 or not engine.is_ready:  # noqa: ASYNC110 - nobody tells when it is back
             await asyncio.sleep(0.02)
