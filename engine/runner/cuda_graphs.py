@@ -33,7 +33,6 @@ MIXED_TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 128)  # and as many as there can be
 
 PADDING_SLOT = -1
-NOTHING_SAMPLED = -1
 MAX_STOP_IDS = 8  # of a row that is to be followed
 
 # What a step must know, widest types first: dtype, values a row (or token), and what stands there in padding.

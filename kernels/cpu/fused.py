@@ -13,6 +13,7 @@ import kernels
 from kernels.cpu import library
 from kernels.cpu.library import ACTIVATIONS, FORMATS
 from kernels.cpu.operators import Operators, as_matrix, is_packed_here
+from kernels.rwkv7 import Rwkv7
 
 if TYPE_CHECKING:
     from kernels.rwkv7 import Layer, Norm, Weights
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64
 
 
-class FusedRwkv7:
-    """Implements `kernels.rwkv7.Rwkv7`.
-
-    Activations between two operators have the format of the weights that read them, or are float32: products of
+class FusedRwkv7(Rwkv7):
+    """Activations between two operators have the format of the weights that read them, or are float32: products of
     bfloat16 weights round their inputs, nothing else is rounded.
     """
 
@@ -59,18 +58,6 @@ class FusedRwkv7:
         run = self._operators.team.library.sostenuto_rwkv7_forward
         self._consume(run, token_ids, wkv, shift, slots, starts, num_outputs, output_rows.data_ptr(), hidden.data_ptr())
         return hidden
-
-    def next_logits(
-        self,
-        token_ids: torch.Tensor,
-        wkv: torch.Tensor,
-        shift: torch.Tensor,
-        slots: torch.Tensor,
-        starts: torch.Tensor,
-        output_rows: torch.Tensor,
-    ) -> torch.Tensor:
-        """Consume tokens, advance states, return logits."""
-        return self.logits(self.forward(token_ids, wkv, shift, slots, starts, output_rows))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""

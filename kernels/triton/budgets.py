@@ -193,13 +193,14 @@ def _streaming(tile: hopper.Tile, inputs: int, registers: int, cores: str) -> Bu
     return Budget(registers, 1, cores, bulk_copies=bricks)
 
 
-def _hopper_raise(num_rows: int, registers: int, cores: str) -> Variant:
-    tile = hopper.raise_tile(num_rows)
+def _hopper_raise(num_rows: int, registers: int, cores: str, gate: int = _RANKS["GATE"]) -> Variant:
+    ranks = {**_RANKS, "GATE": gate}
+    tile = hopper.raise_tile(num_rows, hopper.most_inputs(ranks))
     types = {"hidden": _brick(tile.block_t, hopper.TILE_K), "weights": _brick(tile.block_o, hopper.TILE_K)}
     # Of the four products: their weights, their rows, and the decay's rows again.
-    bricks = (2 * sum(_RANKS.values()) + _RANKS["DECAY"]) // hopper.TILE_K
+    bricks = (2 * sum(ranks.values()) + ranks["DECAY"]) // hopper.TILE_K
     budget = Budget(registers, 4, cores, bulk_copies=bricks)
-    return _on_hopper(hopper.raise_kernel, types, {"C": C, **_RANKS}, tile, budget)
+    return _on_hopper(hopper.raise_kernel, types, {"C": C, **ranks}, tile, budget)
 
 
 _BLOCK = {"BLOCK": sampling.BLOCK}
@@ -294,6 +295,7 @@ VARIANTS: Mapping[str, Variant] = {
     "hopper raise, 1 row": _hopper_raise(1, 40, "m64n8k16"),
     "hopper raise, 32 rows": _hopper_raise(32, 56, "m64n32k16"),
     "hopper raise, 2048 rows": _hopper_raise(2048, 144, "m64n128k16"),
+    "hopper raise of 768, 2048 rows": _hopper_raise(2048, 112, "m64n64k16", gate=hopper.MAX_RANK),
     "hopper linear C x C, 1 row": _hopper_linear(C, C, 1, 40, "m64n8k16", split=4),
     "hopper linear F x C, 1 row": _hopper_linear(F, C, 1, 40, "m64n8k16"),
     "hopper linear F x C, 16 rows": _hopper_linear(F, C, 16, 40, "m64n16k16"),

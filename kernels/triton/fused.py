@@ -58,8 +58,7 @@ class FusedRwkv7(Rwkv7):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
-        ln_out = self._weights.ln_out
-        return self._head(residual.norm(hidden, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, **_STEP))
+        return self._head(hidden, None, _STEP)
 
     def next_logits(
         self,
@@ -73,12 +72,14 @@ class FusedRwkv7(Rwkv7):
         """Consume tokens, advance states, return logits, with a launch less than there are in the two."""
         launch = _STEP if len(slots) == len(token_ids) else _PROMPT
         x, sums = self._consume(token_ids, wkv, shift, slots, starts, launch)
-        ln = self._weights.ln_out
-        rows = residual.gather_and_norm(x, sums, output_rows, ln.weight, ln.bias, ln.eps, self._dtype, **launch)
-        return self._head(rows)
+        return self._head(x, (sums, output_rows), launch)
 
-    def _head(self, rows: torch.Tensor) -> torch.Tensor:
-        head = self._weights.head
+    def _head(
+        self, x: torch.Tensor, gathered: tuple[torch.Tensor, torch.Tensor] | None, launch: dict[str, Any]
+    ) -> torch.Tensor:
+        """Return logits of the rows `x[R, C]`, or of those that are gathered from the residual stream (`norm`)."""
+        ln_out, head = self._weights.ln_out, self._weights.head
+        rows = residual.norm(x, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, gathered, **launch)
         return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **_STEP)
 
     def _consume(

@@ -1,16 +1,16 @@
 """The products of `linear.py` and `projections.py` for Hopper, whose copy engine brings weights before the wait.
 
-Same weights, same order of every sum, same bits. What differs is when memory is asked: a program has `stages` tiles of
+Same weights, same order of every sum, same bits. What differs is when memory is asked: a program has all its stages of
 weights under way before it waits for the kernel before it, so that the card reads weights while rows are still being
-made, and several kernels' programs do so side by side on one processor. Then it asks for the rows, of which there is
-a tile beside each of weights. Gluon, because Triton places a loop's first copies itself: behind the wait.
+made. Then it asks for the rows, of which there is a tile beside each of weights. Gluon, because Triton places a loop's
+first copies itself: behind the wait.
 
 NVIDIA, PTX ISA: "cp.async.bulk.tensor", "mbarrier", "wgmma.mma_async", "griddepcontrol".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,7 @@ from kernels.triton.packed import PANEL, Plan
 
 TILE_K = 64  # inputs in a tile: the 128 bytes that the copy engine and the tensor cores exchange
 CAPABILITY = (9, 0)  # these tensor core instructions are of this generation alone
+MAX_RANK = 768  # of a low-rank product, a decay's counted twice: all its inputs are in shared memory at once
 IN_FLIGHT_BYTES = 170 << 10  # of few rows' program: all it has room for and one stage less, by measurement
 
 _ask_for = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
@@ -34,6 +35,7 @@ _PANEL, _TILE_K = gl.constexpr(PANEL), gl.constexpr(TILE_K)
 
 @gluon.jit
 def _activate(x, ACTIVATION: gl.constexpr):
+    """As `linear.activate`, which Gluon cannot call."""
     if ACTIVATION == "sigmoid":
         x = 1.0 / (1.0 + gl.exp(-x))
     elif ACTIVATION == "tanh":
@@ -204,13 +206,14 @@ def raise_kernel(
 ):  # fmt: skip
     """As `projections.raise_kernel`: program (outputs, rows, which)."""
     gdc_launch_dependents()
-    MOST: gl.constexpr = max(2 * DECAY, RATE, GATE, VALUE) // _TILE_K
+    MOST_WEIGHTS: gl.constexpr = max(DECAY, RATE, GATE, VALUE) // _TILE_K
+    MOST_INPUTS: gl.constexpr = max(2 * DECAY, RATE, GATE, VALUE) // _TILE_K
     BEFORE_RATE: gl.constexpr = DECAY // _TILE_K
     BEFORE_GATE: gl.constexpr = (DECAY + RATE) // _TILE_K
     BEFORE_VALUE: gl.constexpr = (DECAY + RATE + GATE) // _TILE_K
     LOST: gl.constexpr = (DECAY + RATE + GATE + VALUE) // _TILE_K
-    w = gl.allocate_shared_memory(weights.dtype, [MOST, BLOCK_O, _TILE_K], weights.layout)
-    x = gl.allocate_shared_memory(weights.dtype, [MOST, BLOCK_T, _TILE_K], hidden.layout)
+    w = gl.allocate_shared_memory(weights.dtype, [MOST_WEIGHTS, BLOCK_O, _TILE_K], weights.layout)
+    x = gl.allocate_shared_memory(weights.dtype, [MOST_INPUTS, BLOCK_T, _TILE_K], hidden.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(arrived, count=1)
     o = gl.program_id(0) * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(1, STORED))
@@ -270,9 +273,16 @@ def tile(num_rows: int, split: int = 1) -> Tile:
     return Tile(PANEL, block_t, 2, IN_FLIGHT_BYTES // (2 * (PANEL + block_t) * TILE_K * 2), 4)
 
 
-def raise_tile(num_rows: int) -> Tile:
-    """Return the tile of `raise_kernel`, whose inputs all are one stage."""
-    return Tile(128, 128, 0, 0, 8) if num_rows > 64 else Tile(PANEL, _block_for(num_rows), 0, 0, 4)
+def raise_tile(num_rows: int, rank: int) -> Tile:
+    """Return the tile of `raise_kernel`, whose inputs all are one stage, for low-rank products of so many at most."""
+    if num_rows > 64 and rank <= 256:
+        return Tile(128, 128, 0, 0, 8)
+    return Tile(PANEL, _block_for(min(num_rows, 64)), 0, 0, 4)
+
+
+def most_inputs(sizes: Mapping[str, int]) -> int:
+    """Return how many inputs the largest low-rank product has; a decay's has each twice."""
+    return max(2 * sizes["DECAY"], sizes["RATE"], sizes["GATE"], sizes["VALUE"])
 
 
 def _block_for(num_rows: int) -> int:
@@ -367,7 +377,7 @@ def raise_ranks(
 ) -> None:
     """Fill `decay[T, C]` and `others[3, T, C]` from what `project` left, with weights `[C, ranks]`."""
     T, C = decay.shape
-    tiles = raise_tile(T)
+    tiles = raise_tile(T, most_inputs(sizes))
     grid = (triton.cdiv(C, tiles.block_o), triton.cdiv(T, tiles.block_t), 4 if sizes["VALUE"] else 3)
     raise_kernel[grid](
         _brick(hidden, tiles.block_t, TILE_K), _brick(weight, tiles.block_o, TILE_K), *biases, decay, others, T,

@@ -188,11 +188,15 @@ class Projections:
         rkv, others = mixes.new_empty(3, T, C), mixes.new_empty(3, T, C)
         projected = Projected(rkv, mixes.new_empty(T, C, dtype=torch.float32), others)
         sizes = dict(zip(("DECAY", "RATE", "GATE", "VALUE"), self._ranks, strict=True)) | {"C": C}
-        if self._joint is not None and hopper.can_run(mixes, self._joint, plan(PANEL, C, mixes.element_size(), True)):
+        if self._joint is not None and self._is_hoppers(mixes, self._joint, sizes):
             self._run_on_hopper(mixes, self._joint, projected, sizes, launch)
         else:
             self._run(mixes, projected, sizes, launch)
         return projected
+
+    def _is_hoppers(self, mixes: torch.Tensor, joint: torch.Tensor, sizes: dict[str, int]) -> bool:
+        matrix = plan(PANEL, self._width, mixes.element_size(), is_whole=True)
+        return hopper.can_run(mixes, joint, matrix) and hopper.most_inputs(sizes) <= hopper.MAX_RANK
 
     def _run(self, mixes: torch.Tensor, projected: Projected, sizes: dict[str, int], launch: dict[str, bool]) -> None:
         _, T, C = mixes.shape

@@ -109,37 +109,17 @@ def gather(x: torch.Tensor, sums: torch.Tensor, rows: torch.Tensor, **launch: bo
 
 
 def norm(
-    x: torch.Tensor, ln_weight: torch.Tensor, ln_bias: torch.Tensor, eps: float, dtype: torch.dtype, **launch: bool
-) -> torch.Tensor:
-    """Return `LayerNorm(x[R, C])` in `dtype`."""
-    return _norm(x, None, None, ln_weight, ln_bias, eps, dtype, launch)
-
-
-def gather_and_norm(
     x: torch.Tensor,
-    sums: torch.Tensor,
-    rows: torch.Tensor,
     ln_weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
+    gathered: tuple[torch.Tensor, torch.Tensor] | None = None,
     **launch: bool,
 ) -> torch.Tensor:
-    """Return `LayerNorm` of what `gather` returns, in `dtype`."""
-    return _norm(x, sums, rows, ln_weight, ln_bias, eps, dtype, launch)
-
-
-def _norm(
-    x: torch.Tensor,
-    sums: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    ln_weight: torch.Tensor,
-    ln_bias: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    launch: dict[str, bool],
-) -> torch.Tensor:
+    """Return `LayerNorm(x[R, C])` in `dtype`; with `gathered`, sums and rows, that of what `gather` would return."""
     T, C = x.shape
+    sums, rows = gathered or (None, None)
     out = x.new_empty(T if rows is None else len(rows), C, dtype=dtype)
     norm_kernel[(len(out),)](
         x, x if sums is None else sums, x if rows is None else rows, ln_weight, ln_bias, out, T, eps,

@@ -1,9 +1,9 @@
 """Truncation and drawing without sorting the vocabulary: eight short launches, most with many programs a row.
 
     survey         of each block of a row: the greatest logit, where it is, whether the row is a distribution
-    weigh, thrice  of each block: tokens at least so likely, and their mass, for eight bounds; after the first time
-                   between those of the time before where the last token lies that `top_k` and `top_p` keep
-    collect        of each block: the likelihoods between those of the last time
+    weigh, thrice  of each larger block: tokens at least so likely, and their mass, for eight bounds; after the first
+                   time between those of the time before where the last token lies that `top_k` and `top_p` keep
+    collect        of each larger block: the likelihoods between those of the last time
     cut            which of them it is, between ever closer bounds
     add            of each block: the mass that is drawn from
     pick           the block, then the token in it

@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from engine.models.rwkv7 import RWKV7
-from engine.runner.cuda_graphs import NOTHING_SAMPLED, PADDING_SLOT, DecodeGraphs, DecodeStep
+from engine.runner.cuda_graphs import PADDING_SLOT, DecodeGraphs, DecodeStep
 from engine.runner.graph_runner import GraphModelRunner
 from engine.runner.input_batch import InputBatch
 from engine.state.pool import StatePool
@@ -61,7 +61,7 @@ def host_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor = NOBOD
             logits = model.logits(model.forward(batch, pool))
             logits.index_fill_(1, forbidden_ids, -torch.inf)
             rules = [fields[name].double() for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
-            token_ids = kernels.sample(logits, torch.stack(rules, dim=1)).masked_fill_(is_padding, NOTHING_SAMPLED)
+            token_ids = kernels.sample(logits, torch.stack(rules, dim=1)).masked_fill_(is_padding, -1)
         sampled[: len(token_ids)] = token_ids
 
     return step

@@ -32,8 +32,10 @@ def test_a_program_has_room_for_its_stages(split: int) -> None:
         assert tile.block_t >= min(num_rows, 128)
         assert tile.stages >= 2
         assert tile.stages * tile.step * (tile.block_o + tile.block_t) * hopper.TILE_K * 2 < SHARED_BYTES
-        raised = hopper.raise_tile(num_rows)
-        assert 4 * (raised.block_o + raised.block_t) * hopper.TILE_K * 2 < SHARED_BYTES
+        for rank in (256, 512, hopper.MAX_RANK):
+            raised = hopper.raise_tile(num_rows, rank)
+            results = raised.block_o * raised.block_t * 2  # beside the operands: half of them at once, float32
+            assert rank * (raised.block_o + raised.block_t) * 2 + results < SHARED_BYTES
 
 
 @on_hopper
