@@ -166,22 +166,22 @@ def _on_hopper(
 
 
 def _hopper_linear(outputs: int, inputs: int, num_rows: int, registers: int, cores: str, split: int = 1) -> Variant:
-    tile = hopper.tile(num_rows, split)
     is_side_by_side = num_rows <= linear.MAX_ROWS_SIDE_BY_SIDE
+    of_program = inputs // split if is_side_by_side else inputs
+    tile = hopper.tile(num_rows, 1 if is_side_by_side else split)
     types = {**_operands(tile, "rows", "weights"), "bias": "*fp32"}
     types["out"] = "*fp32" if is_side_by_side and split > 1 else "*bf16"
     constants: dict[str, object] = {"OUTPUTS": outputs, "K": inputs, "SPLIT": split}
     constants |= {"IS_SIDE_BY_SIDE": is_side_by_side}
     constants |= {"HAS_BIAS": False, "ACTIVATION": "none" if split > 1 else "relu_squared"}
-    constants |= {"STEP": tile.step, "STAGES": tile.stages}
-    of_program = inputs // split if is_side_by_side else inputs
+    constants |= tile.streaming()
     return _on_hopper(hopper.linear_kernel, types, constants, tile, _streaming(tile, of_program, registers, cores))
 
 
 def _hopper_project(num_rows: int, registers: int, cores: str, spilled_bytes: int = 0) -> Variant:
     tile = hopper.tile(num_rows)
     types = {**_operands(tile, "mixes", "weights"), "hidden": "*bf16"}
-    constants = {"C": C, "WIDE": C, **_RANKS, "STEP": tile.step, "STAGES": tile.stages}
+    constants = {"C": C, "WIDE": C, **_RANKS, **tile.streaming()}
     budget = replace(_streaming(tile, C, registers, cores), spilled_bytes=spilled_bytes)
     return _on_hopper(hopper.project_kernel, types, constants, tile, budget)
 
@@ -216,13 +216,17 @@ VARIANTS: Mapping[str, Variant] = {
     ),
     **{
         f"wkv7 {name}, {precision}": Variant(
-            kernel, _TYPES, {**_CHUNK, **constants, "PRECISION": precision}, Budget(255, 8), {"num_warps": warps}
+            kernel,
+            _TYPES,
+            {**_CHUNK, **constants, "PRECISION": precision},
+            Budget(registers, 8),
+            {"num_warps": warps, "maxnreg": registers},
         )
-        for precision, of_chunks in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
-        for name, kernel, constants, warps in (
-            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, of_chunks),
-            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, of_chunks),
-            ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS),
+        for precision, of_chunks, of_solving in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+        for name, kernel, constants, warps, registers in (
+            ("solve", wkv7.solve_kernel, {"HAS_VALUE_MIX": True}, of_chunks, of_solving),
+            ("prepare", wkv7.prepare_kernel, {"HAS_VALUE_MIX": True}, of_chunks, 255),
+            ("scan", wkv7.scan_kernel, {"BLOCK": wkv7.SCAN_ROWS, "STAGES": wkv7.SCAN_STAGES}, wkv7.SCAN_WARPS, 255),
         )
     },
     **{
@@ -233,7 +237,7 @@ VARIANTS: Mapping[str, Variant] = {
             Budget(255, 8),
             {"num_warps": wkv7.SCAN_WARPS},
         )
-        for precision, _ in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
+        for precision, *_ in (wkv7.OF_FLOAT32, wkv7.OF_16_BITS)
     },
     "wkv7 finish": Variant(
         wkv7.finish_kernel, _TYPES, {**_CHUNK, "HAS_VALUE_MIX": True}, Budget(160, 8), {"num_warps": wkv7.FINISH_WARPS}
@@ -251,7 +255,6 @@ VARIANTS: Mapping[str, Variant] = {
         Budget(128, 22),
         _PARTS_OPTIONS,
     ),
-    "shift_mix remember": Variant(shift_mix.remember_kernel, _TYPES, _PARTS, Budget(64, 10), _PARTS_OPTIONS),
     "embed": Variant(
         residual.embed_kernel, {**_TYPES, "out": "*fp32"}, {"C": C, "WIDTH": C}, Budget(64, 4), _PARTS_OPTIONS
     ),
@@ -303,7 +306,7 @@ VARIANTS: Mapping[str, Variant] = {
     "hopper linear F x C, 64 rows": _hopper_linear(F, C, 64, 72, "m64n64k16"),
     "hopper linear F x C, 256 rows": _hopper_linear(F, C, 256, 112, "m64n128k16"),
     "hopper linear C x F, 256 rows": _hopper_linear(C, F, 256, 112, "m64n128k16", split=4),
-    "hopper linear C x F, 512 rows": _hopper_linear(C, F, 512, 112, "m64n128k16", split=4),
+    "hopper linear C x F, 512 rows": _hopper_linear(C, F, 512, 176, "m64n256k16", split=4),
     "hopper linear F x C, 2048 rows": _hopper_linear(F, C, 2048, 176, "m64n256k16"),
     "hopper linear C x F, 2048 rows": _hopper_linear(C, F, 2048, 160, "m64n128k16", split=4),
     "raise, 16 rows": _raise(16, 96, "m64n16k16"),

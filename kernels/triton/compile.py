@@ -73,16 +73,16 @@ class Resources:
 def measure(variant: Variant) -> Resources:
     """Compile a variant and look at what came out."""
     names = variant.kernel.arg_names
-    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    constants = {**({"EARLY": True} if "EARLY" in names else {}), **variant.constants}
     make_source = GluonASTSource if isinstance(variant.kernel, GluonJITFunction) else ASTSource
     source = make_source(
         variant.kernel,
-        {name: "constexpr" if name in variant.constants else variant.types[name] for name in names},
-        constexprs=constants,
+        {name: "constexpr" if name in constants else variant.types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name not in variant.constants
+            if name not in constants
             and name not in variant.unaligned
             and not variant.types[name].startswith("tensordesc")
         },

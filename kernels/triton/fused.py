@@ -9,8 +9,8 @@
     linear               key, squared ReLU
     linear_sums          value, as sums
 
-Prompts take a launch more for each shift and four for the recurrence, one after the other: they fill the card, and what
-begins early is only in the way (5 % slower on an H200).
+Prompts take four more for the recurrence. Their launches fill the card, and each begins only when the one before it
+ends.
 
 The large matrices have the activations' dtype or, beside bfloat16, are int8 (`int8.py`): not run on a card yet.
 """
@@ -25,14 +25,12 @@ from kernels.rwkv7 import Rwkv7
 from kernels.triton import linear as products
 from kernels.triton import packed, residual, shift_mix
 from kernels.triton import wkv7 as recurrence
+from kernels.triton.overlap import PROMPT, STEP
 from kernels.triton.projections import Projections
 
 if TYPE_CHECKING:
     from kernels import Linear
     from kernels.rwkv7 import Layer, Norm, Weights
-
-_STEP: dict[str, Any] = {"launch_pdl": True}
-_PROMPT: dict[str, Any] = {}
 
 
 class FusedRwkv7(Rwkv7):
@@ -53,12 +51,12 @@ class FusedRwkv7(Rwkv7):
         output_rows: torch.Tensor,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows. A slot of -1 is a padding row."""
-        launch = _STEP if len(slots) == len(token_ids) else _PROMPT
+        launch = STEP if len(slots) == len(token_ids) else PROMPT
         return residual.gather(*self._consume(token_ids, wkv, shift, slots, starts, launch), output_rows, **launch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
-        return self._head(hidden, None, _STEP)
+        return self._head(hidden, None, STEP)
 
     def next_logits(
         self,
@@ -70,7 +68,7 @@ class FusedRwkv7(Rwkv7):
         output_rows: torch.Tensor,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return logits, with a launch less than there are in the two."""
-        launch = _STEP if len(slots) == len(token_ids) else _PROMPT
+        launch = STEP if len(slots) == len(token_ids) else PROMPT
         x, sums = self._consume(token_ids, wkv, shift, slots, starts, launch)
         return self._head(x, (sums, output_rows), launch)
 
@@ -80,7 +78,7 @@ class FusedRwkv7(Rwkv7):
         """Return logits of the rows `x[R, C]`, or of those that are gathered from the residual stream (`norm`)."""
         ln_out, head = self._weights.ln_out, self._weights.head
         rows = residual.norm(x, ln_out.weight, ln_out.bias, ln_out.eps, self._dtype, gathered, **launch)
-        return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **_STEP)
+        return products.linear(rows, head.packed, head.out_features, dtype=torch.float32, is_whole=True, **STEP)
 
     def _consume(
         self,

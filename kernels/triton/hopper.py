@@ -28,6 +28,8 @@ TILE_K = 64  # inputs in a tile: the 128 bytes that the copy engine and the tens
 CAPABILITY = (9, 0)  # these tensor core instructions are of this generation alone
 MAX_RANK = 768  # of a low-rank product, a decay's counted twice: all its inputs are in shared memory at once
 IN_FLIGHT_BYTES = 170 << 10  # of few rows' program: all it has room for and one stage less, by measurement
+STEP = 2  # tiles of inputs a stage of such a program
+PACE = 3  # stages of weights under way before the wait: enough to keep the memory busy, by measurement
 
 _ask_for = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 _PANEL, _TILE_K = gl.constexpr(PANEL), gl.constexpr(TILE_K)
@@ -49,50 +51,56 @@ def _activate(x, ACTIVATION: gl.constexpr):
 @gluon.jit
 def weighted_sums(
     weights, rows, panel, row, first_tile,
-    K: gl.constexpr, SPLIT: gl.constexpr,
-    BLOCK_O: gl.constexpr, BLOCK_T: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    K: gl.constexpr, SPLIT: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_T: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, PACE: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """`weight @ x.T` of outputs of `panel` and on, `[BLOCK_O, BLOCK_T]` float32, over K inputs from a tile on.
 
     In SPLIT spans, each summed from its front, and added in order. A stage is STEP tiles of each panel and of the rows.
-    Waits for what comes before this kernel; weights are asked for before.
+    Waits for what comes before this kernel. Until then weights of all stages are asked for, but no more than PACE
+    stages' are under way: what other kernels read from the card's cache meanwhile would wait behind them.
     """
     NUM: gl.constexpr = K // (STEP * _TILE_K)  # stages of work
     FIRST: gl.constexpr = min(NUM, STAGES)
     dtype: gl.constexpr = weights.dtype
-    BYTES: gl.constexpr = STEP * (BLOCK_O + BLOCK_T) * _TILE_K * (dtype.primitive_bitwidth // 8)
-    w = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_O // _PANEL, STEP, _PANEL, _TILE_K], weights.layout)
-    x = gl.allocate_shared_memory(dtype, [STAGES, STEP, BLOCK_T, _TILE_K], rows.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(arrived.index(i), count=1)
+    OF_ONE: gl.constexpr = STEP * _TILE_K * (dtype.primitive_bitwidth // 8)  # bytes of an output, or row, of a stage
+    w = gl.allocate_shared_memory(dtype, [FIRST, BLOCK_O // _PANEL, STEP, _PANEL, _TILE_K], weights.layout)
+    x = gl.allocate_shared_memory(dtype, [FIRST, STEP, BLOCK_T, _TILE_K], rows.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [FIRST, 1], mbarrier.MBarrierLayout())
+    first_rows_arrived = gl.allocate_shared_memory(gl.int64, [FIRST, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(FIRST):
-        mbarrier.expect(arrived.index(i), BYTES)
-        tile = first_tile + i * STEP
-        _ask_for(weights, [panel, tile, 0, 0], arrived.index(i), w.index(i))
+        mbarrier.init(arrived.index(i), count=1)
+        mbarrier.init(first_rows_arrived.index(i), count=1)
+    for i in gl.static_range(FIRST):
+        if i >= PACE:
+            mbarrier.wait(arrived.index(i - PACE), 0)
+        mbarrier.expect(arrived.index(i), BLOCK_O * OF_ONE)
+        _ask_for(weights, [panel, first_tile + i * STEP, 0, 0], arrived.index(i), w.index(i))
     gdc_wait()
     for i in gl.static_range(FIRST):
-        tile = first_tile + i * STEP
-        _ask_for(rows, [tile, row, 0], arrived.index(i), x.index(i))
+        mbarrier.expect(first_rows_arrived.index(i), BLOCK_T * OF_ONE)
+        _ask_for(rows, [first_tile + i * STEP, row, 0], first_rows_arrived.index(i), x.index(i))
     total = gl.zeros([BLOCK_O, BLOCK_T], gl.float32, LAYOUT)
     PART: gl.constexpr = NUM // SPLIT
     for part in range(SPLIT):
         sums = gl.zeros([BLOCK_O, BLOCK_T], gl.float32, LAYOUT)
         for at in range(part * PART, (part + 1) * PART):
-            stage = at % STAGES
-            mbarrier.wait(arrived.index(stage), (at // STAGES) & 1)
+            stage = at % FIRST
+            mbarrier.wait(arrived.index(stage), (at // FIRST) & 1)
+            if at < FIRST:
+                mbarrier.wait(first_rows_arrived.index(stage), 0)
             tiles_w = w.index(stage).reshape((STEP * BLOCK_O, _TILE_K))
             tiles_x = x.index(stage).reshape((STEP * BLOCK_T, _TILE_K))
             for j in gl.static_range(STEP):
                 tile_w, tile_x = tiles_w.slice(j * BLOCK_O, BLOCK_O), tiles_x.slice(j * BLOCK_T, BLOCK_T)
                 sums = warpgroup_mma(tile_w, tile_x.permute((1, 0)), sums, is_async=True)
             sums = warpgroup_mma_wait(STEP, deps=(sums,))  # the stage before is free now
-            free = (at + STAGES - 1) % STAGES
-            if (at > 0) & (at - 1 + STAGES < NUM):
-                ahead = first_tile + (at - 1 + STAGES) * STEP
-                mbarrier.expect(arrived.index(free), BYTES)
-                _ask_for(weights, [panel, ahead, 0, 0], arrived.index(free), w.index(free))
-                _ask_for(rows, [ahead, row, 0], arrived.index(free), x.index(free))
+            ahead = at - 1 + FIRST
+            if (at > 0) & (ahead < NUM):
+                free = ahead % FIRST
+                mbarrier.expect(arrived.index(free), (BLOCK_O + BLOCK_T) * OF_ONE)
+                _ask_for(weights, [panel, first_tile + ahead * STEP, 0, 0], arrived.index(free), w.index(free))
+                _ask_for(rows, [first_tile + ahead * STEP, row, 0], arrived.index(free), x.index(free))
         total += warpgroup_mma_wait(0, deps=(sums,))
     return total
 
@@ -102,15 +110,17 @@ def linear_kernel(
     rows, weights, bias, out, T,
     OUTPUTS: gl.constexpr, K: gl.constexpr, SPLIT: gl.constexpr, IS_SIDE_BY_SIDE: gl.constexpr,
     HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_T: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, STORED: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, PACE: gl.constexpr,
+    LAYOUT: gl.constexpr, STORED: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """As `linear.linear_kernel`: program (outputs, rows, span)."""
-    gdc_launch_dependents()
+    if EARLY:
+        gdc_launch_dependents()
     SPAN: gl.constexpr = K // SPLIT if IS_SIDE_BY_SIDE else K
     total = weighted_sums(
         weights, rows, gl.program_id(0) * (BLOCK_O // _PANEL), gl.program_id(1) * BLOCK_T,
         gl.program_id(2) * (SPAN // _TILE_K), SPAN, 1 if IS_SIDE_BY_SIDE else SPLIT,
-        BLOCK_O, BLOCK_T, STEP, STAGES, LAYOUT,
+        BLOCK_O, BLOCK_T, STEP, STAGES, PACE, LAYOUT,
     )  # fmt: skip
     if not IS_SIDE_BY_SIDE or SPLIT == 1:
         if HAS_BIAS:
@@ -129,10 +139,11 @@ def project_kernel(
     mixes, weights, rkv, hidden, T,
     C: gl.constexpr, WIDE: gl.constexpr, DECAY: gl.constexpr, RATE: gl.constexpr, GATE: gl.constexpr,
     VALUE: gl.constexpr, BLOCK_O: gl.constexpr, BLOCK_T: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    LAYOUT: gl.constexpr, STORED: gl.constexpr,
+    PACE: gl.constexpr, LAYOUT: gl.constexpr, STORED: gl.constexpr, EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """As `projections.project_kernel`, of one matrix: program (outputs, rows). `mixes` are `[6 * T, C]` here."""
-    gdc_launch_dependents()
+    if EARLY:
+        gdc_launch_dependents()
     first = gl.program_id(0) * BLOCK_O
     in_narrow = first - 3 * WIDE
     is_decay = (in_narrow >= 0) & (in_narrow < DECAY)
@@ -142,7 +153,7 @@ def project_kernel(
     plane = gl.where(is_decay, 1, gl.where(is_rate, 4, gl.where(is_gate, 5, plane)))
     total = weighted_sums(
         weights, mixes, gl.program_id(0) * (BLOCK_O // _PANEL), plane * T + gl.program_id(1) * BLOCK_T, 0,
-        C, 1, BLOCK_O, BLOCK_T, STEP, STAGES, LAYOUT,
+        C, 1, BLOCK_O, BLOCK_T, STEP, STAGES, PACE, LAYOUT,
     )  # fmt: skip
     if in_narrow < 0:
         part = first // WIDE
@@ -203,9 +214,11 @@ def raise_kernel(
     hidden, weights, decay_bias, rate_bias, mix_bias, decay, others, T,
     C: gl.constexpr, DECAY: gl.constexpr, RATE: gl.constexpr, GATE: gl.constexpr, VALUE: gl.constexpr,
     BLOCK_O: gl.constexpr, BLOCK_T: gl.constexpr, LAYOUT: gl.constexpr, STORED: gl.constexpr,
+    EARLY: gl.constexpr = False,
 ):  # fmt: skip
     """As `projections.raise_kernel`: program (outputs, rows, which)."""
-    gdc_launch_dependents()
+    if EARLY:
+        gdc_launch_dependents()
     MOST_WEIGHTS: gl.constexpr = max(DECAY, RATE, GATE, VALUE) // _TILE_K
     MOST_INPUTS: gl.constexpr = max(2 * DECAY, RATE, GATE, VALUE) // _TILE_K
     BEFORE_RATE: gl.constexpr = DECAY // _TILE_K
@@ -245,12 +258,16 @@ class Tile:
 
     block_o: int  # outputs, a multiple of a panel
     block_t: int  # rows
-    step: int  # tiles of inputs a stage; several only beside one panel
-    stages: int  # under way at once
     num_warps: int
+    stages: int = 1  # that there is room for
+    step: int = 1  # tiles of inputs a stage; several only beside one panel
+
+    def streaming(self) -> dict[str, int]:
+        """Return the arguments of a kernel whose inputs come in stages."""
+        return {"STEP": self.step, "STAGES": self.stages, "PACE": PACE}
 
     def options(self) -> dict[str, object]:
-        """Return a kernel's arguments."""
+        """Return any kernel's arguments."""
         across = self.block_o // 8  # threads beside each other where results are stored, of eight outputs each
         return {
             "BLOCK_O": self.block_o,
@@ -263,21 +280,21 @@ class Tile:
 
 @lru_cache
 def tile(num_rows: int, split: int = 1) -> Tile:
-    """Return the tile for so many rows, and a matrix whose inputs are summed in so many spans."""
+    """Return the tile for so many rows, and a program that adds so many spans."""
     if num_rows > 256:
-        # A program that adds spans needs room for two sums.
-        return Tile(128, 256, 1, 4, 8) if split == 1 else Tile(128, 128, 1, 6, 8)
+        # Who adds spans needs room for two sums.
+        return Tile(128, 256, 8, stages=4) if split == 1 else Tile(128, 128, 8, stages=6)
     if num_rows > 64:
-        return Tile(128, 128, 1, 6, 8)
+        return Tile(128, 128, 8, stages=6)
     block_t = _block_for(num_rows)
-    return Tile(PANEL, block_t, 2, IN_FLIGHT_BYTES // (2 * (PANEL + block_t) * TILE_K * 2), 4)
+    return Tile(PANEL, block_t, 4, IN_FLIGHT_BYTES // (STEP * (PANEL + block_t) * TILE_K * 2), STEP)
 
 
 def raise_tile(num_rows: int, rank: int) -> Tile:
     """Return the tile of `raise_kernel`, whose inputs all are one stage, for low-rank products of so many at most."""
     if num_rows > 64 and rank <= 256:
-        return Tile(128, 128, 0, 0, 8)
-    return Tile(PANEL, _block_for(min(num_rows, 64)), 0, 0, 4)
+        return Tile(128, 128, 8)
+    return Tile(PANEL, _block_for(min(num_rows, 64)), 4)
 
 
 def most_inputs(sizes: Mapping[str, int]) -> int:
@@ -336,12 +353,12 @@ def linear(
 ) -> None:
     """Fill `out[T, O]`, or `out[split, T, O]` where spans are side by side, from contiguous `x[T, K]`."""
     (T, K), outputs = x.shape, out.shape[-1]
-    tiles = tile(T, split)
+    tiles = tile(T, 1 if is_side_by_side else split)
     grid = (triton.cdiv(outputs, tiles.block_o), triton.cdiv(T, tiles.block_t), split if is_side_by_side else 1)
     linear_kernel[grid](
         *_operands(x, weight, tiles), out if bias is None else bias, out, T,
         OUTPUTS=outputs, K=K, SPLIT=split, IS_SIDE_BY_SIDE=is_side_by_side, HAS_BIAS=bias is not None,
-        ACTIVATION=activation, STEP=tiles.step, STAGES=tiles.stages, **tiles.options(), **launch,
+        ACTIVATION=activation, **tiles.streaming(), **tiles.options(), **launch,
     )  # fmt: skip
 
 
@@ -362,7 +379,7 @@ def project(
     grid = (triton.cdiv(len(weight) * PANEL, tiles.block_o), triton.cdiv(T, tiles.block_t))
     project_kernel[grid](
         *_operands(mixes.view(-1, C), weight, tiles), rkv, hidden, T,
-        **sizes, STEP=tiles.step, STAGES=tiles.stages, **tiles.options(), **launch,
+        **sizes, **tiles.streaming(), **tiles.options(), **launch,
     )  # fmt: skip
 
 

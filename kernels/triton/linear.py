@@ -108,9 +108,10 @@ def linear_kernel(
     OUTPUTS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, TILE_K: tl.constexpr, SPLIT: tl.constexpr,
     IS_SIDE_BY_SIDE: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, IS_READ_ONCE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (outputs, rows, span). Side by side, `out` is `[SPLIT, T, O]` float32 and not activated yet."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     SPAN: tl.constexpr = K // SPLIT if IS_SIDE_BY_SIDE else K
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -133,10 +134,10 @@ def linear_kernel(
 def add_spans_kernel(
     sums, bias, out, T,
     OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_O: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Add the spans' sums `[SPLIT, T, O]` in order and finish as `linear_kernel` would; program (outputs, row)."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     wait_for_inputs()
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(1).to(tl.int64)

@@ -34,13 +34,13 @@ def project_kernel(
     C: tl.constexpr, WIDE: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr,
     VALUE: tl.constexpr, DTYPE: tl.constexpr, WIDE_STRIDE: tl.constexpr, WIDE_TILE_K: tl.constexpr,
     NARROW_TILE_K: tl.constexpr, WIDE_BLOCK_K: tl.constexpr, NARROW_BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, IS_READ_ONCE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, IS_READ_ONCE: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (outputs, rows). `mixes[6, T, C]` are r, w, k, v, a, g; WIDE is C padded, DECAY to VALUE are ranks.
 
     Writes `rkv[3, T, C]`, and `hidden[T, ranks]` float32 after its activations.
     """
-    let_successor_begin()
+    let_successor_begin(EARLY)
     IS_ONE_MATRIX: tl.constexpr = wide.dtype.element_ty == narrow.dtype.element_ty
     first = tl.program_id(0) * BLOCK_O
     in_block = tl.arange(0, BLOCK_O)
@@ -108,9 +108,10 @@ def raise_kernel(
     hidden, weight, decay_bias, rate_bias, mix_bias, decay, others, T,
     C: tl.constexpr, DECAY: tl.constexpr, RATE: tl.constexpr, GATE: tl.constexpr, VALUE: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Program (outputs, rows, which). Writes `decay[T, C]` float32, and `others[3, T, C]`: rate, gate, value mix."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     which = tl.program_id(2)

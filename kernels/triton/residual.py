@@ -17,7 +17,7 @@ def embed_kernel(
     token_ids, embedding, ln_weight, ln_bias, out, eps, C: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     """`LayerNorm(embedding[token])`; program (token)."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -33,9 +33,11 @@ def embed_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def gather_kernel(x, sums, rows, out, T, C: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def gather_kernel(
+    x, sums, rows, out, T, C: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
+):  # fmt: skip
     """Chosen rows of the residual stream, sums added; program (row, part)."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     wait_for_inputs()
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
@@ -47,9 +49,10 @@ def gather_kernel(x, sums, rows, out, T, C: tl.constexpr, SPLIT: tl.constexpr, B
 def norm_kernel(
     x, sums, rows, ln_weight, ln_bias, out, T, eps,
     C: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, IS_GATHERED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """`LayerNorm` of rows of the residual stream, sums added, or of all rows; program (row)."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     columns = tl.arange(0, WIDTH)
     is_inside = columns < C
     weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)

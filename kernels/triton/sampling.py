@@ -39,7 +39,7 @@ _BITS_OF_ONE = tl.constexpr(0x3F800000)  # of the float32 1.0, which is the most
 @triton.jit
 def survey_kernel(logits, greatest, ids, is_broken, stride, V: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, block)."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row, block = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -149,7 +149,7 @@ def weigh_kernel(
     NUM_SURVEYED: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block and every so many after it); fills the TABLE, and the first time the `totals[R, blocks]`."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row, block = tl.program_id(0), tl.program_id(1)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
@@ -188,7 +188,7 @@ def collect_kernel(
     NUM_BLOCKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Program as above; writes `num_candidates[R, blocks]` and the bits, `candidates[R, blocks, CANDIDATES]`."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row, block = tl.program_id(0), tl.program_id(1)
     if _truncates(top_k, top_p, row, V) & (tl.load(temperature + row) > 0):
@@ -228,7 +228,7 @@ def cut_kernel(
     PIECE: tl.constexpr,
 ):  # fmt: skip
     """Program (row); writes the bits of the least likelihood that all truncations keep."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row = tl.program_id(0)
     cutoff = tl.load(min_p + row).to(tl.int32, bitcast=True)
@@ -278,7 +278,7 @@ def add_kernel(
     logits, temperature, greatest, cutoffs, sums, stride, V: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr
 ):
     """Program (row, block); writes `sums[R, blocks]`."""
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row, block, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     heat = tl.load(temperature + row)
@@ -298,7 +298,7 @@ def pick_kernel(
 
     -1 where the row is no distribution, or its slot is.
     """
-    let_successor_begin()
+    let_successor_begin(True)
     wait_for_inputs()
     row = tl.program_id(0)
     blocks = tl.arange(0, NUM_BLOCKS)

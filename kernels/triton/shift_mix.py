@@ -1,4 +1,4 @@
-"""Layer norm, token shift and the mixes of a block in one launch, and a second one where sequences are longer than one.
+"""Layer norm, token shift and the mixes of a block in one launch.
 
 The row may still be a residual row and the sums of the projection before: then these are added first, in order, and
 the new residual row is written too. Several programs share a token: each sums the whole row, which is in cache after
@@ -16,7 +16,7 @@ from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 MAX_WIDTH = 16384  # a program sums a whole row
 NUM_WARPS = 8
-TOKENS = 4  # of a prompt for a program: each but the first finds its predecessor normed
+TOKENS = 8  # of a prompt for a program: each but the first finds its predecessor normed
 FP_FUSION = False  # which products and sums become one instruction must not depend on what a program writes
 
 
@@ -76,10 +76,10 @@ def _store_mixes(
 def step_kernel(
     x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, out, shift_stride, T, eps,
     SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One token a sequence; program (row, part). A row with slot -1 touches no state, and its mixes are zero."""
-    let_successor_begin()
+    let_successor_begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
@@ -101,10 +101,14 @@ def step_kernel(
 def prefill_kernel(
     x, sums, x_out, ln_weight, ln_bias, shift, mix, slots, starts, out, shift_stride, T, num_rows, eps,
     SPLIT: tl.constexpr, M: tl.constexpr, M_PADDED: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """Packed sequences; program (TOKENS tokens, part). Reads states only: `remember_kernel` writes them afterwards."""
-    let_successor_begin()
+    """Packed sequences; program (TOKENS tokens, part).
+
+    Whoever has a sequence's first token reads its state, and then gives it the last token's row, normed once more: so
+    nobody else must wait until it was read.
+    """
+    let_successor_begin(EARLY)
     first = tl.program_id(0).to(tl.int64) * TOKENS
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < C
@@ -126,30 +130,14 @@ def prefill_kernel(
             _, before = _normed(x, sums, token - 1, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
         carried = shift + tl.maximum(slot, 0) * shift_stride + columns
         state = tl.load(carried, mask=is_inside & is_first & (slot >= 0), other=0.0).to(tl.float32)
+        if is_first and slot >= 0:
+            last = tl.load(starts + row + 1).to(tl.int64) - 1
+            _, remembered = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+            tl.store(carried, remembered.to(shift.dtype.element_ty), mask=is_inside)
         previous = tl.where(is_first, state, before)
         before = h
         h, previous = tl.where(slot >= 0, h, 0.0), tl.where(slot >= 0, previous, 0.0)
         _store_mixes(out, h, previous - h, mixes, token, T, columns, is_stored, M, M_PADDED, C)
-
-
-@triton.jit(do_not_specialize=["T"])
-def remember_kernel(
-    x, sums, ln_weight, ln_bias, shift, slots, starts, shift_stride, T, eps,
-    SPLIT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Give each sequence's slot its last normed row; program (sequence, part)."""
-    let_successor_begin()
-    wait_for_inputs()
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_inside = columns < C
-    slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        last = tl.load(starts + row + 1).to(tl.int64) - 1
-        weight = tl.load(ln_weight + columns, mask=is_inside, other=0.0)
-        bias = tl.load(ln_bias + columns, mask=is_inside, other=0.0)
-        _, h = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
-        tl.store(shift + slot * shift_stride + columns, h.to(shift.dtype.element_ty), mask=is_inside)
 
 
 def block_for(num_tokens: int, width: int) -> int:
@@ -214,5 +202,4 @@ def add_and_shift_mix(
         *addends, x_out, *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
         **mixes, TOKENS=TOKENS, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
     )  # fmt: skip
-    remember_kernel[(num_rows, parts)](*addends, *norm, slots, starts, shift.stride(0), T, eps, **sizes)
     return out, x_out

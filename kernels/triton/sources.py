@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.overlap import let_successor_begin, wait_for_inputs
+from kernels.triton.overlap import wait_for_inputs
 
 BLOCK = 128
 
@@ -20,7 +20,6 @@ def consumed_kernel(
     STOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (tokens and rows of the same numbers)."""
-    let_successor_begin()
     wait_for_inputs()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_token, is_row = at < T, at < R

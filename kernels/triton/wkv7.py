@@ -27,11 +27,11 @@ CHUNK_LEN = 32  # the cumulative decay of a chunk is above 0.545 ** 32 = 4e-9, a
 STEP_WARPS, SCAN_WARPS, FINISH_WARPS = 2, 4, 4
 SCAN_ROWS = 16  # of a state, which its rows do not share: several programs advance one
 SCAN_STAGES = 3
-# How products of a chunk are made, and by how many warps of `solve_kernel` and `prepare_kernel`. Three tf32 ones are
-# float32 but for its last two bits. Beside inputs of 16 bits one does: it moves results of a bfloat16 model no further
-# than steps instead of chunks.
-OF_FLOAT32 = ("tf32x3", 8)
-OF_16_BITS = ("tf32", 4)
+# How products of a chunk are made, by how many warps of `solve_kernel` and `prepare_kernel`, and with how many
+# registers a thread of the first. Three tf32 ones are float32 but for its last two bits. Beside inputs of 16 bits one
+# does: it moves results of a bfloat16 model no further than steps instead of chunks.
+OF_FLOAT32 = ("tf32x3", 8, 255)
+OF_16_BITS = ("tf32", 4, 128)
 FP_FUSION = False  # lone tokens: which products and sums become one instruction is the same beside prompts and alone
 
 _SOLVED = tl.constexpr(CHUNK_LEN // 4)  # rows of a block that is solved row by row
@@ -103,12 +103,13 @@ def _dithered(S, removal, key, removed, value):
 def step_kernel(
     r, k, v, decay, a, gate, v_first, value_mix, k_k, k_a, r_k, ln_weight, ln_bias, state, slots, starts, out,
     state_stride, C, eps, N: tl.constexpr, HAS_VALUE_MIX: tl.constexpr, IS_MIXED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Sequences of one token; program (sequence, head). Slot -1 touches no state, and its result is zero.
 
     IS_MIXED: other sequences are longer, and not this kernel's.
     """
-    let_successor_begin()
+    let_successor_begin(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     columns = tl.arange(0, N)
     channels = head * N + columns
@@ -220,7 +221,6 @@ def solve_kernel(
 
     That is `by_state S^T + by_values`, both `[L, N]` float32, for any state S before the chunk.
     """
-    let_successor_begin()
     chunk, head = tl.program_id(0), tl.program_id(1)
     _, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
     wait_for_inputs()
@@ -251,7 +251,6 @@ def prepare_kernel(
 
     `S_after = S carry + added`, both `[N, N]`, and the read-outs are `reads S^T + found`, both `[L, N]`; all float32.
     """
-    let_successor_begin()
     chunk, head = tl.program_id(0), tl.program_id(1)
     _, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
     wait_for_inputs()
@@ -310,7 +309,6 @@ def scan_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Advance states through their chunks, and complete `found`; program (sequence, head, rows of the state)."""
-    let_successor_begin()
     row, head = tl.program_id(0), tl.program_id(1)
     counts = _chunks(starts, num_rows, ROWS, L)
     first = tl.sum(tl.where(tl.arange(0, ROWS) < row, counts, 0), axis=0)
@@ -340,7 +338,6 @@ def finish_kernel(
     eps, ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, HAS_VALUE_MIX: tl.constexpr,
 ):  # fmt: skip
     """From read-outs to results; program (chunk, head)."""
-    let_successor_begin()
     chunk, head = tl.program_id(0), tl.program_id(1)
     row, begin, end = _tokens_of_chunk(starts, chunk, num_rows, ROWS, L)
     slot = tl.load(slots + row)
@@ -408,12 +405,12 @@ def wkv7(
     by_state, by_values, reads, found = (
         r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(4)
     )
-    precision, num_warps = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
+    precision, num_warps, solve_registers = OF_FLOAT32 if k.dtype == torch.float32 else OF_16_BITS
     sizes = {"ROWS": max(16, triton.next_power_of_2(B)), "N": N, "L": CHUNK_LEN}
     products = {**sizes, "PRECISION": precision}
     solve_kernel[(num_chunks, H)](
         k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, B, C,
-        HAS_VALUE_MIX=has_value_mix, **products, num_warps=num_warps, **launch,
+        HAS_VALUE_MIX=has_value_mix, **products, num_warps=num_warps, maxnreg=solve_registers, **launch,
     )  # fmt: skip
     prepare_kernel[(num_chunks, H, 2)](
         r, k, v, decay, a, *residual, k_k, k_a, starts, by_state, by_values, carry, added, reads, found, B, C,
