@@ -12,6 +12,7 @@ import orjson
 from loadtest.client import ServerUnusable
 from loadtest.generator import LoadGenerator, LoadRun
 from loadtest.options import Options, parse_options
+from loadtest.processes import ProcessGroup, ProcessLost
 from loadtest.progress import Progress
 from loadtest.report import summary_lines, write_report
 from loadtest.statistics import summarize
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
         run = asyncio.run(_run(options))
-    except ServerUnusable as error:
+    except (ServerUnusable, ProcessLost) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 1
     summary = summarize(run)
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(options: Options) -> LoadRun:
     with Progress(options) as progress:
-        generator = LoadGenerator(options, progress.on_turn)
+        make = LoadGenerator if options.processes == 1 else ProcessGroup
+        generator = make(options, progress.on_turn)
         # The first interrupt ends the run in order, with its report; the handler is gone then, so a second one kills.
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, _interrupt, loop, generator)
@@ -48,7 +50,7 @@ async def _run(options: Options) -> LoadRun:
             ticking.cancel()
 
 
-def _interrupt(loop: asyncio.AbstractEventLoop, generator: LoadGenerator) -> None:
+def _interrupt(loop: asyncio.AbstractEventLoop, generator: LoadGenerator | ProcessGroup) -> None:
     loop.remove_signal_handler(signal.SIGINT)
     generator.stop()
 

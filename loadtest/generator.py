@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from loadtest.client import ChatClient, Message
 from loadtest.options import Options
 from loadtest.reply import TurnRecord
+from loadtest.share import Share
 from loadtest.workload import ConversationPlan, Workload
 
 LAG_INTERVAL_SECONDS = 0.01
@@ -33,13 +34,21 @@ class LoadRun:
 
 
 class LoadGenerator:
-    """Runs one load test on the current event loop.
+    """Runs one load test, or a share of one, on the current event loop.
 
-    `on_turn`, if given, hears of each turn as it ends. `stop()` ends the run early, as if its time were over.
+    `on_turn`, if given, hears of each turn as it ends. `stop()` ends the run early, as if its time were over. `model`
+    is whom to ask for; None: the options' or the first one the server lists.
     """
 
-    def __init__(self, options: Options, on_turn: Callable[[LoadRun, TurnRecord], None] | None = None) -> None:
-        self._options = options
+    def __init__(
+        self,
+        options: Options,
+        on_turn: Callable[[LoadRun, TurnRecord], None] | None = None,
+        share: Share | None = None,
+        model: str | None = None,
+    ) -> None:
+        self._options = options if model is None else replace(options, model=model)
+        self._share = share or Share()
         self._workload = Workload(options)
         self._on_turn = on_turn
         self._began: float | None = None
@@ -56,6 +65,11 @@ class LoadGenerator:
     def stop(self) -> None:
         """Begin no more turns."""
         self._stopped.set()
+
+    async def find_model(self) -> str:
+        """Return the model that the run would ask for; raises `ServerUnusable`."""
+        async with ChatClient(self._options, self.clock) as client:
+            return await client.find_model()
 
     async def run(self) -> LoadRun:
         """Run to the end and return what was seen; raises `ServerUnusable` before the first turn."""
@@ -88,19 +102,20 @@ class LoadGenerator:
 
     async def _converse_all(self, client: ChatClient, run: LoadRun) -> None:
         if self._options.rate is None:
-            numbers = count()
+            numbers = self._share.numbers()
             async with asyncio.TaskGroup() as users:
                 for _ in range(self._options.users):
                     users.create_task(self._user(client, run, numbers))
             return
         async with asyncio.TaskGroup() as conversations:
-            for number, arrival in enumerate(self._workload.arrivals(self._options.rate)):
+            arrivals = enumerate(self._workload.arrivals(self._options.rate))
+            for number, arrival in islice(arrivals, self._share.index, None, self._share.count):
                 if not await self._sleep_until(arrival):
                     break
                 plan = self._workload.conversation(number)
                 conversations.create_task(self._converse(client, run, plan, arrival))
 
-    async def _user(self, client: ChatClient, run: LoadRun, numbers: count[int]) -> None:
+    async def _user(self, client: ChatClient, run: LoadRun, numbers: Iterator[int]) -> None:
         """One user of the closed loop: conversation after conversation."""
         start = self.clock()
         while not self._over():

@@ -78,6 +78,7 @@ class Options:
     timeout_seconds: float = 120.0
     grace_seconds: float = 30.0
     max_in_flight: int = 1024
+    processes: int = 1  # that share the load
     delete: bool = False
     output: Path | None = None
     quiet: bool = False
@@ -159,6 +160,13 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         type=_count,
         default=1024,
         help="turns on the wire at once; more wait, and their waiting counts (default: 1024)",
+    )
+    group.add_argument(
+        "--processes",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="processes that share the load: one cannot read what a fast server sends to many users (default: 1)",
     )
 
 
