@@ -76,9 +76,10 @@ def weighted_sums(
             mbarrier.wait(arrived.index(i - PACE), 0)
         mbarrier.expect(arrived.index(i), BLOCK_O * OF_ONE)
         _ask_for(weights, [panel, first_tile + i * STEP, 0, 0], arrived.index(i), w.index(i))
-    gdc_wait()
     for i in gl.static_range(FIRST):
         mbarrier.expect(first_rows_arrived.index(i), BLOCK_T * OF_ONE)
+    gdc_wait()
+    for i in gl.static_range(FIRST):
         _ask_for(rows, [first_tile + i * STEP, row, 0], first_rows_arrived.index(i), x.index(i))
     total = gl.zeros([BLOCK_O, BLOCK_T], gl.float32, LAYOUT)
     PART: gl.constexpr = NUM // SPLIT
