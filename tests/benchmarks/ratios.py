@@ -20,6 +20,7 @@ from tests.server_process import ServerProcess
 
 STEP_BATCH = 16
 STEP_ROUNDS = 7  # as many as others take one of: they are short, and scatter by a tenth
+STREAM_ROUNDS = 3  # likewise
 NUM_STREAMS = 64
 POLL_SECONDS = 0.01  # a reader that looks more often takes the engine's processors from it
 
@@ -48,7 +49,7 @@ class RatioBench:
             options = ("--num-threads", self._threads, "--tokenizer", "world")
             with ServerProcess(self._bench.model.resolve(), self._bench.directory / "served", *options) as server:
                 await asyncio.to_thread(self._served_seconds, server)  # not counted
-                for _ in tqdm(range(self._settings.rounds), desc="served over engine"):
+                for _ in tqdm(range(STREAM_ROUNDS * self._settings.rounds), desc="served over engine"):
                     bare_seconds = await self._engine_seconds(engine)
                     streams.append(bare_seconds / await asyncio.to_thread(self._served_seconds, server))
         finally:
