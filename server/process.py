@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # After the drain nothing should be left; a connection that will not close does not keep the process.
 CLOSE_SECONDS = 1
+# Who reuses an idle connection must not meet its end: longer than proxies (60 s, usually) and clients keep theirs.
+KEEP_ALIVE_SECONDS = 75
 FORCED = 1  # exit status of a server that was told twice
 
 
@@ -47,6 +49,7 @@ class DrainingServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 ws="none",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
