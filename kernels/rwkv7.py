@@ -86,12 +86,14 @@ class Rwkv7(Protocol):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Consume `token_ids[T]`, advance the slots' states in place, return the residual stream of `output_rows[R]`.
 
         `wkv[S, L, H, N(value), N(key)]` and `shift[S, L, 2, C]` (0: before time mixing, 1: before channel mixing) are
         views of the pool, `wkv` float32 or float16, `shift` float32; `slots[B]` and `starts[B + 1]` as for every
-        operator; all indices int64. Returns `[R, C]` float32.
+        operator; all indices int64. No more than `num_long` sequences have several tokens; None: who knows. Returns
+        `[R, C]` float32.
         """
         ...
 
@@ -107,9 +109,10 @@ class Rwkv7(Protocol):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Return the `logits` of what `forward` returns."""
-        return self.logits(self.forward(token_ids, wkv, shift, slots, starts, output_rows))
+        return self.logits(self.forward(token_ids, wkv, shift, slots, starts, output_rows, num_long))
 
     def step(
         self,
@@ -151,6 +154,7 @@ class OperatorByOperator(Rwkv7):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows."""
         x = _normalise(self._weights.embedding.index_select(0, token_ids).float(), self._weights.ln0)

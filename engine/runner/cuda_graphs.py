@@ -12,6 +12,7 @@ server on one, and nobody has compared their bits there.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +32,8 @@ from engine.state.pool import StatePool
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MIXED_TOKENS = (128, 256, 512, 768, 1024, 1536, 2048)
 MIXED_ROWS = (16, 128)  # and as many as there can be
+
+TOKENS_A_PROMPT = 32  # on average, at least: a mixed step of more, shorter prompts takes a larger graph
 
 PADDING_SLOT = -1
 MAX_STOP_IDS = 8  # of a row that is to be followed
@@ -87,6 +90,11 @@ class Size(NamedTuple):
 
     num_tokens: int
     num_rows: int
+
+    @property
+    def num_long(self) -> int:
+        """How many rows may have several tokens: the kernels begin programs for as many, whether there are or not."""
+        return 0 if self.num_tokens == self.num_rows else self.num_tokens // TOKENS_A_PROMPT
 
     def length(self, field: str) -> int:
         """Return how long a field of the table is."""
@@ -146,14 +154,14 @@ class HostTable(RowTable):
             self._arrays["token_ids"][: len(is_earlier)][is_earlier] = earlier_ids
 
     def _fill_starts(self, ends: npt.NDArray[np.int64], size: Size) -> None:
-        """Padding rows share the tokens that are left: a row's are zeroed one by one."""
+        """The first padding row has the tokens that are left; in a step that only decodes each has one."""
         starts, count = self._arrays["starts"], len(ends)
         starts[0] = 0
         starts[1 : count + 1] = ends
-        num_padding, end = size.num_rows - count, int(ends[-1]) if count else 0
-        if num_padding:
-            shares = (size.num_tokens - end) * np.arange(1, num_padding + 1) // num_padding
-            starts[count + 1 : size.num_rows + 1] = end + shares
+        if size.num_tokens == size.num_rows:
+            starts[count + 1 : size.num_rows + 1] = np.arange(count + 1, size.num_rows + 1)
+        else:
+            starts[count + 1 : size.num_rows + 1] = size.num_tokens
 
 
 def rows_of(rows: Sequence[DecodeRow]) -> Rows:
@@ -276,11 +284,12 @@ class DecodeGraphs:
         """As many rows as the largest graph that only decodes has."""
         return self.buckets[-1]
 
-    def size_of(self, num_tokens: int, num_rows: int) -> Size | None:
-        """Return the smallest size there is for such a step; None if it is none for a graph."""
+    def size_of(self, num_tokens: int, num_rows: int, num_long: int = 0) -> Size | None:
+        """Return the smallest size for a step in which `num_long` rows have several tokens; None: none for a graph."""
         if num_tokens == num_rows:
             return next((size for size in self.sizes if size.num_rows >= num_rows > 0), None)
-        return next((s for s in self.mixed_sizes if s.num_tokens >= num_tokens and s.num_rows > num_rows), None)
+        wanted = (num_tokens, num_rows + 1, num_long + 1)  # with a row of padding that has what is left
+        return next((s for s in self.mixed_sizes if all(map(operator.le, wanted, (*s, s.num_long)))), None)
 
     def launch(self, rows: Sequence[DecodeRow]) -> DecodeLaunch:
         """Ask the device for a step of `rows`, distinct slots; does not wait for it, nor for the last one."""
@@ -306,8 +315,9 @@ class DecodeGraphs:
         if (before := self._in_flight[turn]) is not None:
             before.token_ids()  # its table and its result are about to be written over
         num_tokens, num_rows = len(rows) + len(earlier_ids), len(rows)
-        if (size := self.size_of(num_tokens, num_rows)) is None:
-            raise ValueError(f"no graph has {num_tokens} tokens of {num_rows} rows")
+        num_long = int(np.count_nonzero(rows["num_tokens"] > 1))
+        if (size := self.size_of(num_tokens, num_rows, num_long)) is None:
+            raise ValueError(f"no graph has {num_tokens} tokens of {num_rows} rows, {num_long} of them of several")
         self._host_tables[turn].fill(rows, earlier_ids, size)
         self._table.data.copy_(self._host_tables[turn].data, non_blocking=True)
         self._replays[size]()
@@ -368,7 +378,8 @@ def triton_step(model: RWKV7, pool: StatePool, forbidden_ids: torch.Tensor) -> D
         token_ids, slots, last_tokens = consumed(
             fields["sources"], fields["token_ids"], fields["starts"], fields["slots"], fields["stop_ids"], sampled
         )
-        logits = model.next_logits(InputBatch(token_ids, slots, fields["starts"], last_tokens), pool)
+        num_long = Size(len(token_ids), len(slots)).num_long
+        logits = model.next_logits(InputBatch(token_ids, slots, fields["starts"], last_tokens, num_long), pool)
         if len(forbidden_ids):
             logits.index_fill_(1, forbidden_ids, -torch.inf)
         parameters = (fields[name] for name in ("temperature", "top_k", "top_p", "min_p", "uniform"))

@@ -75,8 +75,9 @@ class GraphModelRunner(TorchModelRunner):
         return self._last
 
     def _has_graph(self, num_going: int, chunks: Sequence[Chunk]) -> bool:
-        num_tokens = num_going + sum([len(chunk.token_ids) for chunk in chunks])
-        has_size = self._graphs.size_of(num_tokens, num_going + len(chunks)) is not None
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        num_long = sum([length > 1 for length in lengths])
+        has_size = self._graphs.size_of(num_going + sum(lengths), num_going + len(chunks), num_long) is not None
         return has_size and all(map(self._is_row, chunks))
 
     def _is_row(self, chunk: Chunk) -> bool:

@@ -20,6 +20,7 @@ class InputBatch:
     slots: torch.Tensor  # [B] the pool's row of each sequence
     starts: torch.Tensor  # [B + 1] offsets of the sequences in the packed tokens
     output_rows: torch.Tensor  # [R] which tokens' hidden rows are wanted: the last of each sequence, then all targets'
+    num_long: int | None = None  # no more sequences than that have several tokens; None: who knows
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], device: torch.device) -> InputBatch:
@@ -34,6 +35,7 @@ class InputBatch:
             slots=_tensor([chunk.slot for chunk in chunks], device),
             starts=_tensor(starts, device),
             output_rows=_tensor(output_rows, device),
+            num_long=sum([len(chunk.token_ids) > 1 for chunk in chunks]),
         )
 
 

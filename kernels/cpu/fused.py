@@ -51,6 +51,7 @@ class FusedRwkv7(Rwkv7):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows; raises `IndexError` before anything is changed."""
         num_outputs = output_rows.shape[0]

@@ -251,7 +251,7 @@ VARIANTS: Mapping[str, Variant] = {
     "shift_mix prefill": Variant(
         shift_mix.prefill_kernel,
         _TYPES,
-        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024, "TOKENS": shift_mix.TOKENS, "BLOCK": 1024},
+        {**_PARTS, "SPLIT": 1, **_SIX, "ROWS": 1024, "TOKENS": shift_mix.MOST_TOKENS, "BLOCK": 1024},
         Budget(128, 22),
         _PARTS_OPTIONS,
     ),

@@ -49,10 +49,12 @@ class FusedRwkv7(Rwkv7):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return hidden rows. A slot of -1 is a padding row."""
         launch = STEP if len(slots) == len(token_ids) else PROMPT
-        return residual.gather(*self._consume(token_ids, wkv, shift, slots, starts, launch), output_rows, **launch)
+        stream = self._consume(token_ids, wkv, shift, slots, starts, num_long, launch)
+        return residual.gather(*stream, output_rows, **launch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits for hidden rows."""
@@ -66,10 +68,11 @@ class FusedRwkv7(Rwkv7):
         slots: torch.Tensor,
         starts: torch.Tensor,
         output_rows: torch.Tensor,
+        num_long: int | None = None,
     ) -> torch.Tensor:
         """Consume tokens, advance states, return logits, with a launch less than there are in the two."""
         launch = STEP if len(slots) == len(token_ids) else PROMPT
-        x, sums = self._consume(token_ids, wkv, shift, slots, starts, launch)
+        x, sums = self._consume(token_ids, wkv, shift, slots, starts, num_long, launch)
         return self._head(x, (sums, output_rows), launch)
 
     def _head(
@@ -87,6 +90,7 @@ class FusedRwkv7(Rwkv7):
         shift: torch.Tensor,
         slots: torch.Tensor,
         starts: torch.Tensor,
+        num_long: int | None,
         launch: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Advance states; return the residual stream before the last product, and that one's sums."""
@@ -104,7 +108,7 @@ class FusedRwkv7(Rwkv7):
             y = recurrence.wkv7(
                 r, k, v, projected.decay, rate, gate, v_first, None if v_first is None else value_mix,
                 p.k_k, p.k_a, p.r_k, p.head_norm.weight, p.head_norm.bias, p.head_norm.eps,
-                wkv[:, i], slots, starts, **launch,
+                wkv[:, i], slots, starts, num_long, **launch,
             )  # fmt: skip
             sums = products.linear_sums(y, p.output.packed, p.output.out_features, **launch)
             (mix,), x = self._shift_mix(x, sums, f.norm, shift[:, i, 1], f.mix, slots, starts, launch)

@@ -16,7 +16,8 @@ from kernels.triton.overlap import let_successor_begin, wait_for_inputs
 
 MAX_WIDTH = 16384  # a program sums a whole row
 NUM_WARPS = 8
-TOKENS = 8  # of a prompt for a program: each but the first finds its predecessor normed
+MOST_TOKENS = 8  # of a prompt for a program: each but the first finds its predecessor normed
+PROGRAMS_WANTED = 128  # or a program has fewer tokens
 FP_FUSION = False  # which products and sums become one instruction must not depend on what a program writes
 
 
@@ -132,7 +133,9 @@ def prefill_kernel(
         state = tl.load(carried, mask=is_inside & is_first & (slot >= 0), other=0.0).to(tl.float32)
         if is_first and slot >= 0:
             last = tl.load(starts + row + 1).to(tl.int64) - 1
-            _, remembered = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
+            remembered = h
+            if last != token:
+                _, remembered = _normed(x, sums, last, T, weight, bias, columns, is_inside, eps, C, WIDTH, SPLIT)
             tl.store(carried, remembered.to(shift.dtype.element_ty), mask=is_inside)
         previous = tl.where(is_first, state, before)
         before = h
@@ -145,6 +148,12 @@ def block_for(num_tokens: int, width: int) -> int:
     if num_tokens <= 64:
         return min(256 if num_tokens <= 16 else 512, width)
     return min(1024, width)
+
+
+def tokens_for(num_tokens: int) -> int:
+    """Return how many tokens of so many a program takes."""
+    for_each = max(1, num_tokens // PROGRAMS_WANTED)
+    return min(MOST_TOKENS, 1 << (for_each.bit_length() - 1))
 
 
 def can_run(shift: torch.Tensor) -> bool:
@@ -198,8 +207,9 @@ def add_and_shift_mix(
     if num_rows == T:
         step_kernel[(T, parts)](*addends, x_out, *norm, mix, slots, out, shift.stride(0), T, eps, **mixes, **sizes)
         return out, x_out
-    prefill_kernel[(triton.cdiv(T, TOKENS), parts)](
+    tokens = tokens_for(T)
+    prefill_kernel[(triton.cdiv(T, tokens), parts)](
         *addends, x_out, *norm, mix, slots, starts, out, shift.stride(0), T, num_rows, eps,
-        **mixes, TOKENS=TOKENS, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
+        **mixes, TOKENS=tokens, ROWS=max(16, triton.next_power_of_2(num_rows)), **sizes,
     )  # fmt: skip
     return out, x_out

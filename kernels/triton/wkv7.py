@@ -308,12 +308,14 @@ def scan_kernel(
     ROWS: tl.constexpr, N: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Advance states through their chunks, and complete `found`; program (sequence, head, rows of the state)."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """Advance states through their chunks, and complete `found`; program (long sequence, head, rows of the state)."""
+    head = tl.program_id(1)
     counts = _chunks(starts, num_rows, ROWS, L)
+    until = tl.cumsum((counts > 0).to(tl.int32), axis=0)  # how many long sequences there are up to each
+    row = tl.sum((until <= tl.program_id(0)).to(tl.int32), axis=0)
     first = tl.sum(tl.where(tl.arange(0, ROWS) < row, counts, 0), axis=0)
     count = tl.sum(tl.where(tl.arange(0, ROWS) == row, counts, 0), axis=0)
-    slot = tl.load(slots + row).to(tl.int64)
+    slot = tl.load(slots + tl.minimum(row, num_rows - 1)).to(tl.int64)
     wait_for_inputs()
     if (slot >= 0) & (count > 0):
         values = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -384,9 +386,13 @@ def wkv7(
     state: torch.Tensor,
     slots: torch.Tensor,
     starts: torch.Tensor,
+    num_long: int | None = None,
     **launch: bool,
 ) -> torch.Tensor:
-    """See `kernels.wkv7`; a slot of -1 is a padding row, and `state` may be float16. `launch` are Triton's options."""
+    """See `kernels.wkv7`; a slot of -1 is a padding row, and `state` may be float16. `launch` are Triton's options.
+
+    No more than `num_long` sequences have several tokens, which saves programs without work; None: as many as may be.
+    """
     (H, N), T, C, B = r_k.shape, *r.shape, len(slots)
     r, k, v, decay, a, gate = (x.contiguous() for x in (r, k, v, decay, a, gate))
     has_value_mix = v_first is not None and value_mix is not None
@@ -400,7 +406,8 @@ def wkv7(
     )  # fmt: skip
     if B == T:
         return out
-    num_chunks = T // CHUNK_LEN + min(B, T - B)  # or fewer: a sequence of one token has none
+    num_long = min(B, T - B) if num_long is None else min(num_long, B, T - B)
+    num_chunks = T // CHUNK_LEN + num_long  # or fewer
     carry, added = (r.new_empty(num_chunks, H, N, N, dtype=torch.float32) for _ in range(2))
     by_state, by_values, reads, found = (
         r.new_empty(num_chunks, H, CHUNK_LEN, N, dtype=torch.float32) for _ in range(4)
@@ -417,7 +424,7 @@ def wkv7(
         HAS_VALUE_MIX=has_value_mix, **products, num_warps=num_warps, **launch,
     )  # fmt: skip
     block = min(SCAN_ROWS, N)
-    scan_kernel[(B, H, N // block)](
+    scan_kernel[(num_long, H, N // block)](
         carry, added, reads, found, state, slots, starts, state.stride(0), B, H,
         BLOCK=block, STAGES=SCAN_STAGES, **products, num_warps=SCAN_WARPS, **launch,
     )  # fmt: skip

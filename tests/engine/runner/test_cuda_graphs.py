@@ -172,7 +172,7 @@ def test_buckets_hold_as_many_rows_as_may_come(max_rows: int, most: int) -> None
 
 
 def test_the_smallest_size_that_fits_is_taken(model: RWKV7) -> None:
-    """As many tokens as rows is a step that decodes; others have a row to spare; what fits nowhere is refused."""
+    """As many tokens as rows is a step that decodes; others have a row to spare, and rows of several tokens are few."""
     pool = StatePool(model.config.state_spec, 8, CPU)
     graphs = DecodeGraphs(host_step(model, pool), 20, CPU, RunAgain(), max_tokens=130)
     sizes = [graphs.size_of(n, n) for n in (1, 2, 3, 9, 24)]
@@ -181,6 +181,7 @@ def test_the_smallest_size_that_fits_is_taken(model: RWKV7) -> None:
     mixed = [(2, 1), (128, 15), (128, 16), (129, 1), (256, 31)]
     assert [graphs.size_of(*each) for each in mixed] == [(128, 16), (128, 16), (128, 32), (256, 16), (256, 32)]
     assert graphs.size_of(257, 1) is graphs.size_of(40, 32) is None
+    assert [graphs.size_of(40, 9, num_long) for num_long in (3, 4, 7, 8)] == [(128, 16), (256, 16), (256, 16), None]
     with pytest.raises(ValueError, match="no graph has 25 tokens of 25 rows"):
         graphs.launch([DecodeRow(slot, params(slot), 0) for slot in range(25)])
 

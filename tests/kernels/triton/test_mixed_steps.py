@@ -91,6 +91,7 @@ def test_a_mixed_step_equals_one_that_is_not_recorded(
     request.getfixturevalue(operators)
     model = load(dtype, tmp_path, device, monkeypatch)
     monkeypatch.setattr(cuda_graphs, "MIXED_TOKENS", (MOST_TOKENS,))
+    monkeypatch.setattr(cuda_graphs, "TOKENS_A_PROMPT", 16)  # exactly as many rows of several tokens as there are
     first = chunks_of({3: MOST_TOKENS - 23 - num_padding, 0: 1, 7: 20, 5: 1, 2: 1}, seed=1)
     new = chunks_of({9: 18, 10: 1}, seed=2)
     graphs_pool, plain_pool = (StatePool(model.config.state_spec, NUM_SLOTS, device) for _ in range(2))

@@ -54,6 +54,7 @@ class ShiftCase:
         return out, shift
 
 
+@pytest.mark.parametrize("tokens", [1, 8], ids=lambda tokens: f"{tokens} tokens a program")
 @pytest.mark.parametrize("block", [16, 64], ids=["three programs a token", "one program a token"])
 @pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [19, 1, 9, 2]], ids=["step", "prompts"])
 @pytest.mark.parametrize("num_mixes", [1, 6])
@@ -62,11 +63,13 @@ def test_mixes_equal_the_formulas(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     block: int,
+    tokens: int,
     lengths: list[int],
     num_mixes: int,
 ) -> None:
     """Each token meets the one before it in its own sequence, and the slot remembers the last."""
     monkeypatch.setattr(shift_mix, "block_for", lambda *_: block)
+    monkeypatch.setattr(shift_mix, "tokens_for", lambda _: tokens)
     case = ShiftCase(random, sum(lengths), num_mixes, device)
     expected, expected_shift = case.expected(SLOTS.tolist(), lengths)
     result = case.run(slice(None), SLOTS.tolist(), lengths)
@@ -88,8 +91,18 @@ def test_a_padding_row_touches_nothing(random: torch.Generator, device: torch.de
     assert not result.isnan().any()
 
 
-def test_a_token_does_not_depend_on_the_batch_or_on_cuts(random: torch.Generator, device: torch.device) -> None:
+def test_more_tokens_have_more_programs_then_longer_ones() -> None:
+    """A program has a power of two of them, up to a bound."""
+    tokens = [shift_mix.tokens_for(n) for n in (1, 127, 128, 255, 256, 512, 1000, 1024, 100_000)]
+    assert tokens == [1, 1, 1, 1, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("tokens", [1, 8], ids=lambda tokens: f"{tokens} tokens a program")
+def test_a_token_does_not_depend_on_the_batch_or_on_cuts(
+    random: torch.Generator, device: torch.device, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bitwise: a prompt at once, token by token, and beside another."""
+    monkeypatch.setattr(shift_mix, "tokens_for", lambda _: tokens)
     case = ShiftCase(random, 23, 6, device)
     before = case.shift.clone()
     together = case.run(slice(0, 23), [1, 5], [20, 3])
