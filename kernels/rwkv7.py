@@ -92,8 +92,8 @@ class Rwkv7(Protocol):
 
         `wkv[S, L, H, N(value), N(key)]` and `shift[S, L, 2, C]` (0: before time mixing, 1: before channel mixing) are
         views of the pool, `wkv` float32 or float16, `shift` float32; `slots[B]` and `starts[B + 1]` as for every
-        operator; all indices int64. No more than `num_long` sequences have several tokens; None: who knows. Returns
-        `[R, C]` float32.
+        operator; all indices int64. At most `num_long` sequences have several tokens, or the rest of them is not
+        consumed; None: no bound is known. Returns `[R, C]` float32.
         """
         ...
 

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from loadtest.client import ChatClient, Message
@@ -36,8 +36,7 @@ class LoadRun:
 class LoadGenerator:
     """Runs one load test, or a share of one, on the current event loop.
 
-    `on_turn`, if given, hears of each turn as it ends. `stop()` ends the run early, as if its time were over. `model`
-    is whom to ask for; None: the options' or the first one the server lists.
+    `on_turn`, if given, hears of each turn as it ends. `stop()` ends the run early, as if its time were over.
     """
 
     def __init__(
@@ -45,9 +44,8 @@ class LoadGenerator:
         options: Options,
         on_turn: Callable[[LoadRun, TurnRecord], None] | None = None,
         share: Share | None = None,
-        model: str | None = None,
     ) -> None:
-        self._options = options if model is None else replace(options, model=model)
+        self._options = options
         self._share = share or Share()
         self._workload = Workload(options)
         self._on_turn = on_turn
@@ -65,11 +63,6 @@ class LoadGenerator:
     def stop(self) -> None:
         """Begin no more turns."""
         self._stopped.set()
-
-    async def find_model(self) -> str:
-        """Return the model that the run would ask for; raises `ServerUnusable`."""
-        async with ChatClient(self._options, self.clock) as client:
-            return await client.find_model()
 
     async def run(self) -> LoadRun:
         """Run to the end and return what was seen; raises `ServerUnusable` before the first turn."""

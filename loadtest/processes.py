@@ -12,11 +12,13 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from threading import BrokenBarrierError
 from typing import Any
 
+from loadtest.client import ChatClient
 from loadtest.generator import LoadGenerator, LoadRun
 from loadtest.options import Options
 from loadtest.reply import TurnRecord
@@ -53,14 +55,15 @@ class ProcessGroup:
     async def run(self) -> LoadRun:
         """Run to the end and return what was seen; raises `ServerUnusable` before the first turn, `ProcessLost`."""
         # Asked once, by this process: then the others cannot fail before they have begun.
-        model = await LoadGenerator(self._options).find_model()
-        run = LoadRun(self._options, model)
+        async with ChatClient(self._options, self.clock) as client:
+            options = replace(self._options, model=await client.find_model())
+        run = LoadRun(self._options, str(options.model))
         context = multiprocessing.get_context("spawn")
-        shares = shares_of(self._options)
+        shares = shares_of(options)
         barrier = context.Barrier(len(shares) + 1)
         try:
             for share in shares:
-                self._members.append(_Member(context, self._options, model, share, barrier))
+                self._members.append(_Member(context, options, share, barrier))
             following = [member.follow(run, self._note) for member in self._members]
             await asyncio.gather(self._begin(barrier), *following)
         finally:
@@ -84,10 +87,10 @@ class ProcessGroup:
 class _Member:
     """A process, as the one that started it sees it."""
 
-    def __init__(self, context: Any, options: Options, model: str, share: Share, barrier: Barrier) -> None:
+    def __init__(self, context: Any, options: Options, share: Share, barrier: Barrier) -> None:
         self.in_flight = 0
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_hold, args=(options, model, share, barrier, there), daemon=True)
+        self._process = context.Process(target=_hold, args=(options, share, barrier, there), daemon=True)
         self._process.start()
         there.close()
 
@@ -129,15 +132,15 @@ class _Member:
         run.lags += share.lags
 
 
-def _hold(options: Options, model: str, share: Share, barrier: Barrier, connection: Connection) -> None:
+def _hold(options: Options, share: Share, barrier: Barrier, connection: Connection) -> None:
     """Hold one share, in a process of its own, and report it: each turn, then the run without them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one says when to stop
-    run = asyncio.run(_generate(options, model, share, barrier, connection))
+    run = asyncio.run(_generate(options, share, barrier, connection))
     run.records.clear()
     connection.send(run)
 
 
-async def _generate(options: Options, model: str, share: Share, barrier: Barrier, connection: Connection) -> LoadRun:
+async def _generate(options: Options, share: Share, barrier: Barrier, connection: Connection) -> LoadRun:
     def tell(run: LoadRun, record: TurnRecord) -> None:
         connection.send((record, run.in_flight))
 
@@ -145,7 +148,7 @@ async def _generate(options: Options, model: str, share: Share, barrier: Barrier
         loop.remove_reader(connection.fileno())
         generator.stop()
 
-    generator = LoadGenerator(share.options(options), tell, share, model)
+    generator = LoadGenerator(share.options(options), tell, share)
     loop = asyncio.get_running_loop()
     loop.add_reader(connection.fileno(), stop)
     await asyncio.to_thread(barrier.wait, READY_SECONDS)

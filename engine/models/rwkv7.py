@@ -10,7 +10,6 @@ shift and the projection that ends the half-block, activations have the weights'
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -49,11 +48,13 @@ class RWKV7:
 
     def forward(self, batch: InputBatch, pool: StatePool) -> torch.Tensor:
         """Consume the batch, advance its slots in `pool`, and return the hidden rows it asks for, `[R, C]` float32."""
-        return self._rwkv7.forward(*_arguments(batch, pool))
+        b = batch
+        return self._rwkv7.forward(b.token_ids, pool.wkv, pool.shift, b.slots, b.starts, b.output_rows, b.num_long)
 
     def next_logits(self, batch: InputBatch, pool: StatePool) -> torch.Tensor:
         """Return the `logits` of what `forward` returns."""
-        return self._rwkv7.next_logits(*_arguments(batch, pool))
+        b = batch
+        return self._rwkv7.next_logits(b.token_ids, pool.wkv, pool.shift, b.slots, b.starts, b.output_rows, b.num_long)
 
     def step(
         self, batch: InputBatch, pool: StatePool, forbidden_ids: torch.Tensor, rules: torch.Tensor
@@ -68,11 +69,6 @@ class RWKV7:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `[R, V]` float32 for hidden rows `[R, C]`."""
         return self._rwkv7.logits(hidden)
-
-
-def _arguments(batch: InputBatch, pool: StatePool) -> tuple[Any, ...]:
-    states = pool.wkv, pool.shift
-    return batch.token_ids, *states, batch.slots, batch.starts, batch.output_rows, batch.num_long
 
 
 def _layer(config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype, int8: bool) -> operators.Layer:

@@ -5,8 +5,8 @@ rows consume pieces of prompts beside others that decode. A graph reads its rows
 the sampled tokens there, where the next step may take them before the host has read them, whatever the size of either.
 Rows that only fill up a graph have slot -1, which no operator touches; a row that follows one which sampled a stop
 token becomes such a row on the device itself, so its state has consumed nothing more than the host would have let it.
-The graphs themselves are behind `Graphs`, so that all the rest is tested without a card; those of mixed steps ran in a
-server on one, and nobody has compared their bits there.
+The graphs themselves are behind `Graphs`, so that all the rest is tested without a card; a server with mixed ones ran
+on one, and nobody has compared their bits there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class InputBatch:
     slots: torch.Tensor  # [B] the pool's row of each sequence
     starts: torch.Tensor  # [B + 1] offsets of the sequences in the packed tokens
     output_rows: torch.Tensor  # [R] which tokens' hidden rows are wanted: the last of each sequence, then all targets'
-    num_long: int | None = None  # no more sequences than that have several tokens; None: who knows
+    num_long: int | None = None  # at most so many sequences have several tokens; None: no bound is known
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], device: torch.device) -> InputBatch:

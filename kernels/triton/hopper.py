@@ -1,9 +1,9 @@
 """The products of `linear.py` and `projections.py` for Hopper, whose copy engine brings weights before the wait.
 
-Same weights, same order of every sum, same bits. What differs is when memory is asked: a program has all its stages of
-weights under way before it waits for the kernel before it, so that the card reads weights while rows are still being
-made. Then it asks for the rows, of which there is a tile beside each of weights. Gluon, because Triton places a loop's
-first copies itself: behind the wait.
+Same weights, same order of every sum, same bits. What differs is when memory is asked: a program asks for all the
+stages of weights it has room for before it waits for the kernel before it, one after the other, so that the card reads
+weights while rows are still being made. Then it asks for the rows, of which there is a tile beside each of weights.
+Gluon, because Triton places a loop's first copies itself: behind the wait.
 
 NVIDIA, PTX ISA: "cp.async.bulk.tensor", "mbarrier", "wgmma.mma_async", "griddepcontrol".
 """
@@ -27,7 +27,7 @@ from kernels.triton.packed import PANEL, Plan
 TILE_K = 64  # inputs in a tile: the 128 bytes that the copy engine and the tensor cores exchange
 CAPABILITY = (9, 0)  # these tensor core instructions are of this generation alone
 MAX_RANK = 768  # of a low-rank product, a decay's counted twice: all its inputs are in shared memory at once
-IN_FLIGHT_BYTES = 170 << 10  # of few rows' program: all it has room for and one stage less, by measurement
+STAGES_BYTES = 170 << 10  # of few rows' program: as many stages as fit into it, by measurement
 STEP = 2  # tiles of inputs a stage of such a program
 PACE = 3  # stages of weights under way before the wait: enough to keep the memory busy, by measurement
 
@@ -288,7 +288,7 @@ def tile(num_rows: int, split: int = 1) -> Tile:
     if num_rows > 64:
         return Tile(128, 128, 8, stages=6)
     block_t = _block_for(num_rows)
-    return Tile(PANEL, block_t, 4, IN_FLIGHT_BYTES // (STEP * (PANEL + block_t) * TILE_K * 2), STEP)
+    return Tile(PANEL, block_t, 4, STAGES_BYTES // (STEP * (PANEL + block_t) * TILE_K * 2), STEP)
 
 
 def raise_tile(num_rows: int, rank: int) -> Tile:

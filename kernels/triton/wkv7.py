@@ -391,7 +391,7 @@ def wkv7(
 ) -> torch.Tensor:
     """See `kernels.wkv7`; a slot of -1 is a padding row, and `state` may be float16. `launch` are Triton's options.
 
-    No more than `num_long` sequences have several tokens, which saves programs without work; None: as many as may be.
+    At most `num_long` sequences have several tokens, so no programs are begun for more; None: no bound is known.
     """
     (H, N), T, C, B = r_k.shape, *r.shape, len(slots)
     r, k, v, decay, a, gate = (x.contiguous() for x in (r, k, v, decay, a, gate))

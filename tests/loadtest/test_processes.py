@@ -32,6 +32,17 @@ def summary_of(stub: StubServer, *options: str) -> dict[str, Any]:
     return summary
 
 
+def started(stub: StubServer, num_requests: int) -> subprocess.Popen[str]:
+    """A minute's load from two processes, once the stub has had so many requests."""
+    load = command(stub, "--users", "4", "--duration", "60", "--processes", "2")
+    process = subprocess.Popen(load, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while len(stub.requests) < num_requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
 def first_prompts(stub: StubServer) -> list[str]:
     """What users began with, in order of what was said."""
     return sorted(request["messages"][0]["content"] for request in stub.requests if len(request["messages"]) == 1)
@@ -80,14 +91,7 @@ def test_arrivals_are_shared(stub: StubServer) -> None:
 
 def test_an_interrupt_ends_all_in_order(stub: StubServer) -> None:
     """With the summary of what was seen until then."""
-    process = subprocess.Popen(
-        command(stub, "--users", "4", "--duration", "60", "--processes", "2"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 30
-    while len(stub.requests) < 8:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = started(stub, num_requests=8)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
@@ -98,14 +102,7 @@ def test_an_interrupt_ends_all_in_order(stub: StubServer) -> None:
 
 def test_a_process_that_is_lost_is_said(stub: StubServer) -> None:
     """Its share is missing: no summary of the rest."""
-    process = subprocess.Popen(
-        command(stub, "--users", "4", "--duration", "60", "--processes", "2"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 30
-    while len(stub.requests) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = started(stub, num_requests=4)
     os.kill(_children_that_spawned(process.pid)[0], signal.SIGKILL)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 1
