@@ -33,6 +33,7 @@ class Ours:
 
     def decode(self, token_ids: list[int]) -> None:
         """One token a slot."""
+        self._logits = torch.empty(0)  # gives their memory back for the next ones, as the engine does
         self._logits = self._run([Chunk(slot, [token_id]) for slot, token_id in enumerate(token_ids)])
 
     def last_logits(self) -> list[float]:
