@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kSteps = 16;  // tokens prepared at a time: they stay in L1
 constexpr int kRows = 4;        // rows of S in registers
+constexpr int64_t kAhead = 2;   // tokens between a fetch from a far cache and its use
 
 // How a state that is kept in float16 is rounded is decided by the bits of what the token removes and adds: they are as
 // good as random, the same wherever the token is read, and need no counter.
@@ -38,6 +39,17 @@ struct Head {
 
     float* input(int64_t step, Input which) const { return inputs + (step * kNumInputs + which) * padded; }
 };
+
+// A head reads a few lines from each of many long rows, which no hardware foresees. Memory beyond the rows may be named:
+// it is not read.
+__attribute__((always_inline)) inline void fetch(const Head& head, int64_t token) {
+    const sostenuto_wkv7_rows& all = head.rows;
+    for (const Rows* rows : {&all.r, &all.k, &all.v, &all.decay, &all.a, &all.gate, &all.v_first, &all.value_mix}) {
+        const int64_t item = item_bytes(rows->format), values = kLine / item;
+        const char* at = static_cast<const char*>(rows->data) + (token * rows->stride + head.first) * item;
+        for (int64_t i = 0; i < head.size; i += values) __builtin_prefetch(at + i * item, 0, 3);
+    }
+}
 
 void prepare(const Head& head, int64_t token, int64_t step) {
     const sostenuto_wkv7_rows& rows = head.rows;
@@ -183,7 +195,10 @@ void finish(const Head& head, int64_t token, int64_t step) {
 void advance(const Head& head, Scan scan_head, void* state, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += kSteps) {
         const int64_t steps = std::min(kSteps, end - t);
-        for (int64_t i = 0; i < steps; ++i) prepare(head, t + i, i);
+        for (int64_t i = 0; i < steps; ++i) {
+            fetch(head, t + i + kAhead);
+            prepare(head, t + i, i);
+        }
         scan_head(head, state, steps);
         for (int64_t i = 0; i < steps; ++i) finish(head, t + i, i);
     }
