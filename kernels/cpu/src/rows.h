@@ -86,6 +86,16 @@ inline int64_t quantised_width(int64_t width) { return round_up(width, std::max<
 
 constexpr int64_t kLine = 64;  // bytes that a cache keeps together
 
+// Ask for some columns of a row before they are read, or written: a few lines of many long rows are what no hardware
+// foresees. Rows beyond the last may be named. (Inlined always: a function that only asks counts as one without effect.)
+enum Use { kToRead, kToWrite };
+template <Use use>
+__attribute__((always_inline)) inline void fetch(const Rows& rows, int64_t row, int64_t begin, int64_t end) {
+    const int64_t item = item_bytes(rows.format);
+    const char* at = static_cast<const char*>(rows.data) + row * rows.stride * item;
+    for (int64_t i = begin * item; i < end * item; i += kLine) __builtin_prefetch(at + i, use, 3);
+}
+
 // An odd number of lines, so that the same column of 16 rows lies in 16 different parts of a cache.
 inline int64_t to_odd_lines(int64_t bytes) { return round_up(bytes + kLine, 2 * kLine) - kLine; }
 

@@ -40,15 +40,10 @@ struct Head {
     float* input(int64_t step, Input which) const { return inputs + (step * kNumInputs + which) * padded; }
 };
 
-// A head reads a few lines from each of many long rows, which no hardware foresees. Memory beyond the rows may be named:
-// it is not read.
-__attribute__((always_inline)) inline void fetch(const Head& head, int64_t token) {
+__attribute__((always_inline)) inline void fetch_inputs(const Head& head, int64_t token) {
     const sostenuto_wkv7_rows& all = head.rows;
-    for (const Rows* rows : {&all.r, &all.k, &all.v, &all.decay, &all.a, &all.gate, &all.v_first, &all.value_mix}) {
-        const int64_t item = item_bytes(rows->format), values = kLine / item;
-        const char* at = static_cast<const char*>(rows->data) + (token * rows->stride + head.first) * item;
-        for (int64_t i = 0; i < head.size; i += values) __builtin_prefetch(at + i * item, 0, 3);
-    }
+    for (const Rows* rows : {&all.r, &all.k, &all.v, &all.decay, &all.a, &all.gate, &all.v_first, &all.value_mix})
+        if (rows->data != nullptr) fetch<kToRead>(*rows, token, head.first, head.first + head.size);
 }
 
 void prepare(const Head& head, int64_t token, int64_t step) {
@@ -196,7 +191,7 @@ void advance(const Head& head, Scan scan_head, void* state, int64_t begin, int64
     for (int64_t t = begin; t < end; t += kSteps) {
         const int64_t steps = std::min(kSteps, end - t);
         for (int64_t i = 0; i < steps; ++i) {
-            fetch(head, t + i + kAhead);
+            fetch_inputs(head, t + i + kAhead);
             prepare(head, t + i, i);
         }
         scan_head(head, state, steps);
