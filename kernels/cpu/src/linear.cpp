@@ -408,6 +408,10 @@ void multiply_panel(Member& me, const Product& product, int64_t index, int64_t f
     const Panel panel(product.weight, index);
     const Activations x(std::is_same_v<F, Int8> ? product.quantised : product.x, first_row, num_rows);
     const Sums<F> sums{static_cast<Item<F>*>(me.scratch(Sums<F>::planes * kRowsPerTask * kPanel * sizeof(Item<F>)))};
+    if (!product.y.streams) {
+        for (int64_t r = 0; r < num_rows; ++r)
+            fetch<kToWrite>(product.y.rows, first_row + r, panel.first, panel.first + panel.outputs);
+    }
 #if defined(SOSTENUTO_AMX)
     if constexpr (F::depth > 1) {
         add_panel_in_tiles<F>(x, panel, sums);
