@@ -21,28 +21,23 @@ struct Scratch {
     double* sums;        // of each block of weights
 };
 
-// to[i] = exp((logits[i] - shift) * scale), and 0 where that is next to nothing.
-void exponentials(const float* logits, int64_t count, float shift, float scale, float* to) {
-    for (int64_t i = 0; i < count; i += W) {
-        const vec x = (load_first(logits + i, count - i) - shift) * scale;
-        store_first(to + i, x < -87.0f ? vec{} : exp(x), count - i);
-    }
+// exp((logit - shift) * scale), and 0 where that is next to nothing.
+inline vec weight_of(const float* logit, int64_t n, float shift, float scale) {
+    const vec x = (load_first(logit, n) - shift) * scale;
+    return first_lanes(x < -87.0f ? vec{} : exp(x), n);
 }
 
-// Zero the weights whose likelihood is below the cutoff; return the sum of the others, and of each block of them.
-double keep_likely(float* weights, const float* likelihoods, int64_t count, float cutoff, double* sums) {
+// Calls `weight(i, n)` for every vector of n values from i on; keeps the sum of each block, and returns that of all.
+template <typename Weight>
+double sum_blocks(int64_t count, double* sums, const Weight& weight) {
     double total = 0;
     for (int64_t begin = 0; begin < count; begin += kBlock) {
         const int64_t end = std::min(count, begin + kBlock);
         vec block{};
-        for (int64_t i = begin; i < end; i += W) {
-            const vec likelihood = load_first(likelihoods + i, end - i);
-            const vec kept = likelihood < cutoff ? vec{} : load_first(weights + i, end - i);
-            store_first(weights + i, kept, end - i);
-            block = block + kept;
-        }
-        sums[begin / kBlock] = sum(block);
-        total += sums[begin / kBlock];
+        int64_t i = begin;
+        for (; i + W <= end; i += W) block = block + weight(i, W);
+        if (i < end) block = block + weight(i, end - i);
+        total += sums[begin / kBlock] = sum(block);
     }
     return total;
 }
@@ -81,13 +76,14 @@ float rank_cutoff(float* values, int64_t count, int64_t count_wanted, double mas
     return kNever;
 }
 
-// Copies the values >= bound to `to`, in order; returns how many.
-int64_t keep_at_least(const float* values, int64_t count, float bound, float* to) {
+// Copies the values in [bound, limit) to `to`, in order; returns how many.
+int64_t keep_between(const float* values, int64_t count, float bound, float limit, float* to) {
     int64_t kept = 0, i = 0;
 #if defined(SOSTENUTO_AVX512)
     for (; i + W <= count; i += W) {
         const __m512 v = load(values + i);
-        const __mmask16 mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+        const __mmask16 mask = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GE_OQ), v,
+                                                       _mm512_set1_ps(limit), _CMP_LT_OQ);
         if (mask == 0) continue;
         const vec packed = _mm512_maskz_compress_ps(mask, v);  // straight to memory it is slow on some machines
         const int n = __builtin_popcount(mask);
@@ -96,25 +92,38 @@ int64_t keep_at_least(const float* values, int64_t count, float bound, float* to
     }
 #else
     for (; i + W <= count; i += W) {
-        if (!any(load(values + i) >= broadcast(bound))) continue;  // hardly any is
+        const vec v = load(values + i);
+        if (!any((v >= broadcast(bound)) & (v < broadcast(limit)))) continue;  // hardly any is
         for (int64_t j = i; j < i + W; ++j)
-            if (values[j] >= bound) to[kept++] = values[j];
+            if (values[j] >= bound && values[j] < limit) to[kept++] = values[j];
     }
 #endif
     for (; i < count; ++i)
-        if (values[i] >= bound) to[kept++] = values[i];
+        if (values[i] >= bound && values[i] < limit) to[kept++] = values[i];
     return kept;
 }
 
+// In double, four sums side by side: one would wait for each of its additions.
+double precise_sum(const float* values, int64_t count) {
+    double sums[4] = {};
+    for (int64_t i = 0; i < count; ++i) sums[i % 4] += values[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // The least likelihood that is among the `top_k` greatest and in the smallest set of greatest whose sum exceeds `mass`.
+// The few most likely nearly always decide; of others only those between two bounds are looked at more closely.
 float truncation(const Scratch& scratch, int64_t count, int64_t top_k, double mass) {
-    for (const float bound : {0x1p-1f, 0x1p-3f, 0x1p-6f, 0x1p-12f, 0.0f}) {  // the few most likely nearly always decide
-        const int64_t num_kept = keep_at_least(scratch.likelihoods, count, bound, scratch.weights);
-        double sum = 0;
-        for (int64_t i = 0; i < num_kept; ++i) sum += scratch.weights[i];
-        if (num_kept < top_k && sum <= mass) continue;
-        const float cutoff = rank_cutoff(scratch.weights, num_kept, top_k, mass);
-        if (cutoff != kNever) return cutoff;
+    float limit = INFINITY;
+    for (const float bound : {0x1p-1f, 0x1p-3f, 0x1p-5f, 0x1p-7f, 0x1p-9f, 0x1p-11f, 0x1p-14f, 0.0f}) {
+        const int64_t num_kept = keep_between(scratch.likelihoods, count, bound, limit, scratch.weights);
+        const double kept = precise_sum(scratch.weights, num_kept);
+        if (num_kept >= top_k || kept > mass) {
+            const float cutoff = rank_cutoff(scratch.weights, num_kept, top_k, mass);
+            if (cutoff != kNever) return cutoff;
+        }
+        top_k -= num_kept;
+        mass -= kept;
+        limit = bound;
     }
     return 0;
 }
@@ -159,21 +168,31 @@ int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scra
     const float temperature = static_cast<float>(rule.temperature);
     if (temperature == 0) return first_index(logits, V, most);
 
-    exponentials(logits, V, most, 1, scratch.likelihoods);
+    float* likelihoods = scratch.likelihoods;
+    double total = sum_blocks(V, scratch.sums, [&](int64_t i, int64_t n) {
+        const vec likelihood = weight_of(logits + i, n, most, 1);
+        store_first(likelihoods + i, likelihood, n);
+        return likelihood;
+    });
     float cutoff = static_cast<float>(rule.min_p);  // the most likely token's likelihood is 1
     const int64_t top_k = rule.top_k > 0 ? static_cast<int64_t>(rule.top_k) : V;
     const double top_p = rule.top_p;
-    if (top_k < V || top_p < 1) {
-        const double total = keep_likely(scratch.likelihoods, scratch.likelihoods, V, 0, scratch.sums);
+    if (top_k < V || top_p < 1)
         cutoff = std::max(cutoff, truncation(scratch, V, top_k, top_p < 1 ? top_p * total : 2 * total));
-    }
-    float* weights = scratch.likelihoods;
-    if (temperature != 1) {
-        weights = scratch.weights;
-        exponentials(logits, V, most, std::min(1 / temperature, 1e30f), weights);
-    }
-    const double total = keep_likely(weights, scratch.likelihoods, V, cutoff, scratch.sums);
-    return find(weights, scratch.sums, V, rule.uniform * total);
+    if (cutoff <= 0 && temperature == 1) return find(likelihoods, scratch.sums, V, rule.uniform * total);
+
+    const float scale = std::min(1 / temperature, 1e30f);
+    total = sum_blocks(V, scratch.sums, [&](int64_t i, int64_t n) {
+        const vec likelihood = load_first(likelihoods + i, n);
+        vec weight{};
+        if (any(likelihood >= cutoff)) {  // hardly any is
+            weight = temperature == 1 ? likelihood : weight_of(logits + i, n, most, scale);
+            weight = likelihood < cutoff ? vec{} : weight;
+        }
+        store_first(scratch.weights + i, weight, n);
+        return weight;
+    });
+    return find(scratch.weights, scratch.sums, V, rule.uniform * total);
 }
 
 }  // namespace
