@@ -89,6 +89,7 @@ constexpr int64_t kLine = 64;  // bytes that a cache keeps together
 // Ask for some columns of a row before they are read, or written: a few lines of many long rows are what no hardware
 // foresees. Rows beyond the last may be named. (Inlined always: a function that only asks counts as one without effect.)
 enum Use { kToRead, kToWrite };
+constexpr int64_t kAhead = 2;  // rows between asking and using, where rows follow each other
 template <Use use>
 __attribute__((always_inline)) inline void fetch(const Rows& rows, int64_t row, int64_t begin, int64_t end) {
     const int64_t item = item_bytes(rows.format);

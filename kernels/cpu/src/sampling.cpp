@@ -185,7 +185,7 @@ int64_t sample_row(const sostenuto_sampling& s, int64_t row, const Scratch& scra
     total = sum_blocks(V, scratch.sums, [&](int64_t i, int64_t n) {
         const vec likelihood = load_first(likelihoods + i, n);
         vec weight{};
-        if (any(likelihood >= cutoff)) {  // hardly any is
+        if (any(likelihood >= cutoff)) {  // after a truncation hardly any is
             weight = temperature == 1 ? likelihood : weight_of(logits + i, n, most, scale);
             weight = likelihood < cutoff ? vec{} : weight;
         }

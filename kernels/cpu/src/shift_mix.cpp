@@ -10,7 +10,6 @@ namespace sostenuto {
 namespace {
 
 constexpr int64_t kChannels = 128;  // of a mixing task
-constexpr int64_t kAhead = 2;       // rows between a fetch and its use
 
 void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int64_t width, float* shift,
                   int64_t slot_stride, const float* mix, int num_mixes, const Rows* out, const Rows& h) {
@@ -18,9 +17,8 @@ void mix_channels(const sostenuto_batch& batch, int64_t begin, int64_t end, int6
     for (int64_t b = 0; b < batch.num_sequences; ++b) {
         float* kept = shift + batch.slots[b] * slot_stride;
         const float* previous = kept;
-        if (b + kAhead < batch.num_sequences) {
+        if (b + kAhead < batch.num_sequences)
             fetch<kToRead>({shift, slot_stride, SOSTENUTO_FLOAT32}, batch.slots[b + kAhead], begin, end);
-        }
         for (int64_t t = batch.starts[b]; t < batch.starts[b + 1]; ++t) {
             const float* now = rows + t * h.stride;
             for (int m = 0; m < num_mixes; ++m) fetch<kToWrite>(out[m], t + kAhead, begin, end);

@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kSteps = 16;  // tokens prepared at a time: they stay in L1
 constexpr int kRows = 4;        // rows of S in registers
-constexpr int64_t kAhead = 2;   // tokens between a fetch from a far cache and its use
 
 // How a state that is kept in float16 is rounded is decided by the bits of what the token removes and adds: they are as
 // good as random, the same wherever the token is read, and need no counter.
